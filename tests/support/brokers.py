@@ -1,0 +1,120 @@
+"""The brokers of a test run: each is started once and kept until the run is over."""
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import cache
+
+from docker.models.containers import Container
+from testcontainers.core.config import testcontainers_config
+from testcontainers.core.container import DockerContainer
+
+from worker.local.broker import PLUGINS, Broker, OwnedBroker, docker_answers, find_broker, find_server
+from worker.local.broker.base import Guard, enabled_plugins, free_port
+from worker.local.broker.container import IMAGE
+
+ENV_VAR = "TEST_AMQP_URL"
+LOCAL = "rabbitmq-local"
+FOUR = "rabbitmq-4"
+
+_AMQP = "5672/tcp"
+
+# testcontainers' own reaper is one more image, and a container that holds the Docker socket; `Guard` does the same.
+testcontainers_config.ryuk_disabled = True
+
+
+@cache
+def kinds() -> tuple[str, ...]:
+    """The brokers to test on, never none: where nothing is found, `LOCAL` fails and says why."""
+    docker = docker_answers()
+    local = bool(os.environ.get(ENV_VAR)) or find_server() is not None or not docker
+    return (LOCAL,) * local + (FOUR,) * docker
+
+
+class Brokers:
+    """Hands out the broker of a kind, started at its first use; a failure is remembered and raised at every use."""
+
+    def __init__(self) -> None:
+        self._stack = ExitStack()
+        self._started: dict[str, Broker | Exception] = {}
+
+    def start(self, kind: str) -> None:
+        """Starts the broker unless that was done or tried before."""
+        if kind in self._started:
+            return
+        source: AbstractContextManager[Broker] = rabbitmq4() if kind == FOUR else find_broker(ENV_VAR)
+        try:
+            self._started[kind] = self._stack.enter_context(source)
+        except Exception as error:  # noqa: BLE001  whatever it is, it fails the tests that need this broker, not pytest
+            self._started[kind] = error
+
+    def get(self, kind: str) -> Broker:
+        """The running broker.
+
+        Raises:
+            Exception: what went wrong when it was started.
+        """
+        self.start(kind)
+        broker = self._started[kind]
+        if isinstance(broker, Exception):
+            raise broker
+        return broker
+
+    def close(self) -> None:
+        """Removes every broker that was started here."""
+        self._stack.close()
+
+
+@contextmanager
+def rabbitmq4() -> Iterator[OwnedBroker]:
+    """RabbitMQ 4 in a container of this test run."""
+    broker = _TestContainer()
+    try:
+        broker.start()
+        yield broker
+    finally:
+        broker.remove()
+
+
+class _TestContainer(OwnedBroker):
+    def __init__(self) -> None:
+        port = free_port()
+        super().__init__("docker", f"amqp://guest:guest@127.0.0.1:{port}/")
+        plugins = enabled_plugins(PLUGINS).encode()
+        self._docker = DockerContainer(IMAGE).with_copy_into_container(plugins, "/etc/rabbitmq/enabled_plugins")
+        # Docker takes an address and a port; with_bind_ports takes only a port, and opens it on every address.
+        self._docker.ports[_AMQP] = ("127.0.0.1", port)  # type: ignore[assignment]
+        self._guard: Guard | None = None
+
+    def stop(self) -> None:
+        self._container.stop(timeout=30)
+
+    def kill(self) -> None:
+        if self._alive():
+            self._container.kill()
+
+    def remove(self) -> None:
+        self._docker.stop()
+        if self._guard is not None:
+            self._guard.dismiss()
+            self._guard = None
+
+    @property
+    def _container(self) -> Container:
+        return self._docker.get_wrapped_container()
+
+    def _launch(self) -> None:
+        if self._guard is None:
+            self._docker.start()
+            self._guard = Guard('docker rm --force --volumes "$1" >/dev/null 2>&1', self._docker.get_container_id())
+        else:
+            self._container.start()
+
+    def _alive(self) -> bool:
+        if self._guard is None:
+            return False
+        self._container.reload()
+        return bool(self._container.status == "running")
+
+    def _log_tail(self) -> str:
+        return str(self._container.logs(tail=20).decode(errors="replace"))

@@ -1,0 +1,201 @@
+"""Receives commands: one channel and one consumer a partition, deliveries handed on before the first await.
+
+Consumes below aio_pika's messages, whose constructor raises on odd properties and would leave the command unanswered.
+"""
+
+import asyncio
+import hashlib
+import re
+import uuid
+from collections.abc import Callable
+from datetime import datetime
+from typing import Protocol
+
+import structlog
+from aio_pika.abc import AbstractConnection
+from aiormq.abc import AbstractChannel, DeliveredMessage
+from aiormq.exceptions import ChannelInvalidStateError, ConnectionClosed
+from pamqp import commands as spec
+
+from schemas import routes
+from schemas.commands import FieldError, Malformed, RejectReason, parse
+from worker.amqp import topology
+from worker.amqp.lenient import printable
+from worker.amqp.topology import Record
+from worker.core.model import Entry, Misfit, ReplyTo
+from worker.core.ownership import score
+from worker.errors import LinkLost
+from worker.ops import logs
+from worker.ports import Clock
+
+_log = structlog.stdlib.get_logger(__name__)
+
+_TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
+_EARLIEST_S = 1_577_836_800.0
+"""2020: an older time stamp is a mistake of units, and would let everything expire unspoken."""
+_FUTURE_S = 86_400.0
+_REPLY_EXPIRES_MS = 30_000
+
+
+class Receiver(Protocol):
+    """Who is handed what arrives: plain calls, which must not wait."""
+
+    def offer(self, entry: Entry) -> None:
+        """A command."""
+
+    def reject(self, misfit: Misfit) -> None:
+        """A message that is none."""
+
+    def forget(self, is_gone: Callable[[Entry], bool]) -> None:
+        """Deliveries whose connection is lost."""
+
+
+class Origin:
+    """One life of the consuming connection. `open` until nothing may be acknowledged through it any more."""
+
+    def __init__(self) -> None:
+        self.open = True
+
+
+class AmqpDelivery:
+    """`ports.Delivery` of a RabbitMQ message; `message` is what is parked if it comes to that."""
+
+    def __init__(self, origin: Origin, channel: AbstractChannel, message: DeliveredMessage, received: float) -> None:
+        self.origin = origin
+        assert isinstance(message.delivery, spec.Basic.Deliver)
+        self.message = message
+        self.delivered = message.delivery
+        self.received = received
+        self._channel = channel
+
+    async def settle(self) -> bool:
+        """Acknowledge. False: stale."""
+        tag = self.delivered.delivery_tag
+        if not self.origin.open or tag is None:
+            return False
+        try:
+            await self._channel.basic_ack(tag, wait=False)
+        except (ChannelInvalidStateError, ConnectionClosed):
+            return False
+        return True
+
+
+class Inbox:
+    """Consumes all partitions over one connection. `ready` while it does."""
+
+    def __init__(self, receiver: Receiver, *, wanted: Record, worker: str, prefetch: int, clock: Clock) -> None:
+        self.ready = asyncio.Event()
+        self._receiver = receiver
+        self._wanted = wanted
+        self._worker = worker
+        self._prefetch = prefetch
+        self._clock = clock
+        self._origin = Origin()
+
+    async def session(self, connection: AbstractConnection) -> None:
+        """Declare, consume, and return only by raising: LinkLost when any part of it is lost."""
+        await topology.declare(connection, self._wanted)
+        origin = self._origin = Origin()
+        loss: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+        def lose(what: str) -> None:
+            if not loss.done():
+                loss.set_result(what)
+
+        connection.close_callbacks.add(lambda _, error: lose(f"connection closed: {error}"))
+        try:
+            for partition in range(self._wanted.partitions):
+                await self._consume(connection, partition, origin, lose)
+            _log.info(logs.BROKER_CONNECTED, partitions=self._wanted.partitions)
+            self.ready.set()
+            raise LinkLost(await loss)
+        finally:
+            self.ready.clear()
+            origin.open = False
+            self._receiver.forget(lambda entry: _delivery(entry).origin is origin)
+
+    def gate(self) -> None:
+        """Acknowledge nothing any more: closing a channel that is still acknowledged on kills its connection."""
+        self._origin.open = False
+
+    async def _consume(
+        self, connection: AbstractConnection, partition: int, origin: Origin, lose: Callable[[str], None]
+    ) -> None:
+        queue = routes.partition_queue(partition)
+        outer = await connection.channel(publisher_confirms=False)
+        outer.close_callbacks.add(lambda _, error: lose(f"channel of {queue} closed: {error}"))
+        await outer.set_qos(self._prefetch)
+        channel = await outer.get_underlay_channel()
+        channel.on_consumer_cancel_callbacks.add(lambda _: lose(f"consumer of {queue} cancelled by the broker"))
+
+        async def receive(message: DeliveredMessage) -> None:
+            if origin.open:
+                self._receive(AmqpDelivery(origin, channel, message, self._clock()))
+
+        await channel.basic_consume(queue, receive, arguments={"x-priority": score(self._worker, partition)})
+
+    def _receive(self, delivery: AmqpDelivery) -> None:
+        try:
+            received = read(delivery)
+        except Exception:  # noqa: BLE001 - a message nobody thought of must not stay unanswered
+            _log.exception(logs.DELIVERY_UNREADABLE)
+            error = FieldError("$", "the message's properties cannot be read")
+            malformed = Malformed(RejectReason.INVALID_FIELD, (error,), None)
+            received = Misfit(malformed, uuid.uuid4().hex, delivery, "")
+        if isinstance(received, Entry):
+            self._receiver.offer(received)
+        else:
+            self._receiver.reject(received)
+
+
+def read(delivery: AmqpDelivery) -> Entry | Misfit:
+    """What a delivery is: a command with its envelope, or a message that is none."""
+    message = delivery.message
+    properties = message.header.properties
+    headers = properties.headers or {}
+    routing_key = delivery.delivered.routing_key or ""
+    command = parse(bytes(message.body), routing_key)
+    message_id = printable(properties.message_id) if properties.message_id else None
+    key = message_id or uuid.uuid4().hex
+    traceparent = headers.get("traceparent")
+    if not isinstance(traceparent, str) or not _TRACEPARENT.fullmatch(traceparent):
+        traceparent = None
+    if isinstance(command, Malformed):
+        return Misfit(command, key, delivery, printable(routing_key)[:255], message_id, traceparent)
+    return Entry(
+        command=command,
+        key=key,
+        born=_born(headers.get("published-at-ms"), properties.timestamp, delivery.received),
+        delivery=delivery,
+        message_id=message_id,
+        fingerprint=hashlib.blake2b(bytes(message.body), digest_size=16).digest(),
+        redelivered=bool(delivery.delivered.redelivered),
+        traceparent=traceparent,
+        reply_to=_reply_to(properties.reply_to, properties.correlation_id, headers.get("reply-timeout-ms")),
+    )
+
+
+def _born(published_at_ms: object, timestamp: datetime | None, received: float) -> float:
+    """Where a command's age counts from, in epoch seconds: what the producer says, if it can be true."""
+    said: list[float] = []
+    if isinstance(published_at_ms, int) and not isinstance(published_at_ms, bool):
+        said.append(published_at_ms / 1000)
+    if timestamp is not None:
+        said.append(timestamp.timestamp())
+    for seconds in said:
+        if _EARLIEST_S <= seconds <= received + _FUTURE_S:
+            return seconds
+        _log.warning(logs.TIMESTAMP_IGNORED, hint="published-at-ms is epoch milliseconds, timestamp epoch seconds")
+    return received
+
+
+def _reply_to(queue: str | None, correlation_id: str | None, timeout_ms: object) -> ReplyTo | None:
+    if not queue or queue.startswith("avatar.") or printable(queue) != queue:
+        return None
+    expires_ms = timeout_ms if isinstance(timeout_ms, int) and 0 < timeout_ms <= 3_600_000 else _REPLY_EXPIRES_MS
+    return ReplyTo(queue, printable(correlation_id) if correlation_id else None, int(expires_ms))
+
+
+def _delivery(entry: Entry) -> AmqpDelivery:
+    assert isinstance(entry.delivery, AmqpDelivery)
+    return entry.delivery

@@ -1,0 +1,71 @@
+"""Makes pamqp decode whatever the broker hands over.
+
+A routing key, a `message_id` or a header name that is not UTF-8, or a timestamp beyond the calendar, makes pamqp raise.
+The connection dies of it, again at every redelivery, and so does every standby in turn: one message stops the fleet.
+Decoded leniently, the message is a command like any other, or is rejected like any other. Undecodable bytes become
+lone surrogates (`surrogateescape`), which `printable` turns into `\\xNN`.
+"""
+
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any
+
+from pamqp import decode
+
+_EPOCH = datetime.fromtimestamp(0, tz=UTC)
+
+
+def install() -> None:
+    """Replace pamqp's decoders of short strings, time stamps and tables, for the whole process. May be called again."""
+    decode.METHODS.update(shortstr=_short_string, timestamp=_timestamp, table=_table)
+    decode.TABLE_MAPPING.update({b"T": _timestamp, b"F": _table, b"A": _guarded(decode.field_array, list)})
+
+
+def printable(text: str) -> str:
+    """The text with undecodable bytes and control characters escaped, safe for JSON, logs and AMQP."""
+    readable = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in readable)
+
+
+def _short_string(value: bytes) -> tuple[int, str]:
+    length = value[0]
+    return length + 1, value[1 : length + 1].decode("utf-8", "surrogateescape")
+
+
+def _timestamp(value: bytes) -> tuple[int, datetime]:
+    """What pamqp reads where there is one, else 1970: the inbox takes an absurd time for none."""
+    try:
+        return _pamqp_timestamp(value)
+    except (ValueError, OverflowError, OSError):
+        return 8, _EPOCH
+
+
+def _table(value: bytes) -> tuple[int, dict[str, Any]]:
+    """A field table; what stands behind a field that cannot be read is left out."""
+    end = 4 + int.from_bytes(value[:4], "big")
+    found: dict[str, Any] = {}
+    offset = 4
+    try:
+        while offset < end:
+            consumed, name = _short_string(value[offset:end])
+            offset += consumed
+            consumed, found[name] = decode.embedded_value(value[offset:end])
+            offset += consumed
+    except (ValueError, IndexError, OverflowError):
+        pass
+    return end, found
+
+
+def _guarded(decoder: Callable[[bytes], tuple[int, Any]], empty: Callable[[], Any]) -> Any:
+    """A decoder of something that begins with its length, which gives up on the value instead of raising."""
+
+    def guarded(value: bytes) -> tuple[int, Any]:
+        try:
+            return decoder(value)
+        except (ValueError, IndexError, OverflowError):
+            return 4 + int.from_bytes(value[:4], "big"), empty()
+
+    return guarded
+
+
+_pamqp_timestamp = decode.timestamp

@@ -1,0 +1,117 @@
+"""One connection to the broker that comes back: backoff with jitter, the reason told once per loss."""
+
+import asyncio
+import contextlib
+import random
+from collections.abc import Awaitable, Callable
+from urllib.parse import urlsplit
+
+import aio_pika
+import structlog
+from aio_pika.abc import AbstractConnection
+from aio_pika.exceptions import AMQPError
+
+from worker.amqp import lenient
+from worker.errors import ConfigurationError, LinkLost
+from worker.ops import logs
+
+_log = structlog.stdlib.get_logger(__name__)
+
+CONNECT_TIMEOUT_S = 10.0
+FIRST_PAUSE_S = 0.2
+LONGEST_PAUSE_S = 10.0
+
+LOSSES = (AMQPError, LinkLost, OSError, TimeoutError)
+"""What it may mean that the broker went away."""
+
+
+async def connect(url: str, *, name: str, heartbeat_s: int) -> AbstractConnection:
+    """Open one connection, shown to the broker's operator under `name`.
+
+    Raises:
+        AMQPError, OSError, TimeoutError: there is none to be had.
+    """
+    lenient.install()
+    return await aio_pika.connect(
+        url, timeout=CONNECT_TIMEOUT_S, heartbeat=heartbeat_s, client_properties={"connection_name": name}
+    )
+
+
+class Link:
+    """Runs `session` over one connection after the other, each life of it until it raises one of `LOSSES`."""
+
+    def __init__(self, url: str, *, name: str, heartbeat_s: int) -> None:
+        self._url = url
+        self._name = name
+        self._heartbeat_s = heartbeat_s
+
+    async def run(self, session: Callable[[AbstractConnection], Awaitable[None]]) -> None:
+        """Until cancelled, or until `session` raises anything that is no loss, or returns."""
+        pause_s = FIRST_PAUSE_S
+        while True:
+            loop = asyncio.get_running_loop()
+            begun = loop.time()
+            try:
+                connection = await connect(self._url, name=self._name, heartbeat_s=self._heartbeat_s)
+                try:
+                    return await session(connection)
+                finally:
+                    await _close(connection)
+            except LOSSES as error:
+                if loop.time() - begun > LONGEST_PAUSE_S:
+                    pause_s = FIRST_PAUSE_S
+                wait_s = pause_s * random.uniform(0.5, 1.0)  # noqa: S311 - spreads reconnections, guards nothing
+                _log.warning(
+                    logs.BROKER_LOST,
+                    link=self._name,
+                    broker=where(self._url),
+                    error=_told(error),
+                    again_in_s=round(wait_s, 2),
+                )
+                await asyncio.sleep(wait_s)
+                pause_s = min(pause_s * 2, LONGEST_PAUSE_S)
+
+
+class Connected:
+    """`async with`: one connection for one errand of a person.
+
+    Raises:
+        ConfigurationError: there is none to be had.
+    """
+
+    def __init__(self, url: str, *, heartbeat_s: int) -> None:
+        self._url = url
+        self._heartbeat_s = heartbeat_s
+        self._connection: AbstractConnection | None = None
+
+    async def __aenter__(self) -> AbstractConnection:
+        """Connect."""
+        try:
+            self._connection = await connect(self._url, name="avatar-worker", heartbeat_s=self._heartbeat_s)
+        except LOSSES as error:
+            raise ConfigurationError(f"AMQP_URL: no broker at {where(self._url)}: {_told(error)}") from None
+        return self._connection
+
+    async def __aexit__(self, *_: object) -> None:
+        """Close."""
+        if self._connection is not None:
+            await _close(self._connection)
+
+
+def where(url: str) -> str:
+    """Host, port and virtual host, without the password."""
+    parts = urlsplit(url)
+    return f"{parts.hostname}:{parts.port or 5672}{parts.path or '/'}"
+
+
+async def _close(connection: AbstractConnection) -> None:
+    # It may be lost already; then there is nobody left to say goodbye to.
+    with contextlib.suppress(*LOSSES):
+        await asyncio.wait_for(connection.close(), CONNECT_TIMEOUT_S)
+
+
+def _told(error: BaseException) -> str:
+    text = str(error) or type(error).__name__
+    if "ACCESS_REFUSED" in text:
+        text += " (check user, password and virtual host in AMQP_URL; guest may only connect from this machine)"
+    return text

@@ -1,0 +1,110 @@
+"""The queue `avatar.parked`: copies of commands that were given up, with the reason in headers.
+
+avatar-reason        the word it ended with, e.g. refused, not_json
+avatar-error         what was said about it, never a value of the command
+avatar-attempts      calls of the API made for it
+avatar-first-at-ms   when it was first received, epoch milliseconds
+avatar-parked-at-ms  when it was given up
+avatar-exchange, avatar-routing-key    where it had been published
+"""
+
+import json
+import re
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+from aio_pika import DeliveryMode, Message
+from aio_pika.abc import AbstractConnection, HeadersType
+
+from schemas import routes
+from worker.amqp.inbox import AmqpDelivery
+from worker.amqp.lenient import printable
+from worker.core.verdict import Parked
+from worker.ops.logs import redacted
+
+_SHORT_BYTES = 255
+_TOKEN = re.compile(rb'("token"\s*:\s*)"(?:[^"\\]|\\.)*"?', re.DOTALL)
+_REDACTED = "[redacted]"
+
+
+@dataclass(frozen=True, slots=True)
+class ParkedCommand:
+    """One row of `parked list`. Times in epoch milliseconds."""
+
+    parked_at_ms: int
+    reason: str
+    error: str
+    routing_key: str
+    message_id: str
+    attempts: int
+
+
+def parked_copy(delivery: AmqpDelivery, parked: Parked, now: float) -> Message:
+    """The message as it is kept: as it came, but for tokens, which are taken out."""
+    original, delivered = delivery.message, delivery.delivered
+    properties = original.header.properties
+    headers: HeadersType = {
+        _fit(name): _fit(value, 4096) if isinstance(value, str) else value
+        for name, value in (properties.headers or {}).items()
+        if isinstance(value, str | bool | int | float)
+    }
+    headers |= {
+        "avatar-reason": parked.reason,
+        "avatar-error": redacted(parked.error),
+        "avatar-attempts": parked.attempts,
+        "avatar-first-at-ms": round(delivery.received * 1000),
+        "avatar-parked-at-ms": round(now * 1000),
+        "avatar-exchange": _fit(delivered.exchange or ""),
+        "avatar-routing-key": _fit(delivered.routing_key or ""),
+    }
+    return Message(
+        without_token(bytes(original.body)),
+        headers=headers,
+        content_type=_fit(properties.content_type or "application/json"),
+        delivery_mode=DeliveryMode.PERSISTENT,
+        correlation_id=_fit(properties.correlation_id or "") or None,
+        reply_to=_fit(properties.reply_to or "") or None,
+        message_id=_fit(properties.message_id or "") or None,
+        timestamp=properties.timestamp,
+    )
+
+
+def without_token(body: bytes) -> bytes:
+    """The body without the value of any field `token`, also where it is no JSON: broken commands hold secrets too."""
+    if b"token" not in body:
+        return body
+    try:
+        document = json.loads(
+            body, object_hook=lambda found: found | ({"token": _REDACTED} if "token" in found else {})
+        )
+    except (ValueError, RecursionError):
+        return _TOKEN.sub(rb'\1"' + _REDACTED.encode() + b'"', body)
+    return json.dumps(document).encode()
+
+
+async def browse(connection: AbstractConnection, limit: int) -> AsyncIterator[ParkedCommand]:
+    """The oldest parked commands. They stay: closing the channel puts back what it was handed."""
+    async with connection.channel() as channel:
+        queue = await channel.get_queue(routes.PARKED)
+        for _ in range(limit):
+            message = await queue.get(fail=False)
+            if message is None:
+                return
+            headers = message.headers
+            yield ParkedCommand(
+                parked_at_ms=_number(headers.get("avatar-parked-at-ms")),
+                reason=str(headers.get("avatar-reason", "")),
+                error=str(headers.get("avatar-error", "")),
+                routing_key=str(headers.get("avatar-routing-key", "")),
+                message_id=message.message_id or "",
+                attempts=_number(headers.get("avatar-attempts")),
+            )
+
+
+def _fit(text: str, limit: int = _SHORT_BYTES) -> str:
+    """Printable, and at most that many bytes long, as AMQP's short strings demand."""
+    return printable(text).encode()[:limit].decode(errors="ignore")
+
+
+def _number(value: object) -> int:
+    return value if isinstance(value, int) else 0

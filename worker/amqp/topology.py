@@ -1,0 +1,189 @@
+"""What stands on the broker (contract, section 1), declared the same by every worker, one worker at a time.
+
+    avatar.interrupts ─fanout─▶ avatar.commands ─▶ avatar.commands.v1.p00, p01, …
+                                   │   (several partitions: through a hash exchange)
+                                   └─ alternate ─▶ avatar.dead
+
+Which partition a conversation has depends on how many there are, so their number is the broker's, not a worker's: the
+first worker writes it down, with the id of the store that all workers must share, as the one message in the queue
+`avatar.topology`. A worker with other settings stops and says so.
+"""
+
+import asyncio
+import json
+from dataclasses import asdict, dataclass
+
+from aio_pika import DeliveryMode, Message
+from aio_pika.abc import AbstractChannel, AbstractConnection
+from aio_pika.exceptions import AMQPError, ChannelNotFoundEntity, ChannelPreconditionFailed
+from aiormq.exceptions import ChannelLockedResource
+from pamqp.common import FieldTable
+
+from schemas import routes
+from worker.errors import LinkLost, TopologyError
+
+QueueMissing = ChannelNotFoundEntity
+
+HASH = "avatar.commands.v1.hash"
+HASH_TYPE = "x-modulus-hash"
+RECORD = "avatar.topology"
+
+_MUTEX = "avatar.topology.mutex"
+_MUTEX_PAUSE_S = 0.1
+_MUTEX_TRIES = 300
+_RECORD_PAUSE_S = 0.1
+_RECORD_TRIES = 30
+"""A record that a dying worker held comes back to its queue a moment after the mutex is free."""
+_DELIVERY_LIMIT = 1_000_000
+"""A clean close of a channel adds a delivery to everything it held: a small limit dead-letters healthy commands."""
+
+_KEPT: FieldTable = {"x-queue-type": "quorum", "x-delivery-limit": _DELIVERY_LIMIT}
+_PARTITION: FieldTable = {
+    **_KEPT,
+    "x-single-active-consumer": True,
+    "x-dead-letter-exchange": routes.DEAD,
+    "x-dead-letter-strategy": "at-least-once",
+    "x-overflow": "reject-publish",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What all workers of a broker must agree on."""
+
+    partitions: int
+    store_id: str
+
+
+async def declare(connection: AbstractConnection, wanted: Record) -> None:
+    """Declare what is missing, and check that the broker agrees with `wanted`.
+
+    Raises:
+        TopologyError: the broker has other partitions or another store, lacks the hash plugin, or has a queue or an
+            exchange of ours that was declared otherwise.
+    """
+    try:
+        async with connection.channel() as channel:
+            await _lock(channel)
+            _compare(await _agree(connection, wanted), wanted)
+            await _declare(channel, wanted.partitions)
+            await channel.queue_delete(_MUTEX)
+    except ChannelPreconditionFailed as error:
+        text = f"the broker has a queue or an exchange of ours with other properties; delete it or mend it: {error}"
+        raise TopologyError(text) from None
+    except AMQPError as error:
+        if HASH_TYPE not in str(error):
+            raise
+        raise TopologyError(
+            f"the broker lacks the exchange type {HASH_TYPE}, which PARTITIONS > 1 needs: "
+            "run `rabbitmq-plugins enable rabbitmq_sharding` on every node of it, or set PARTITIONS=1"
+        ) from None
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A queue as it stands."""
+
+    queue: str
+    messages: int
+    consumers: int
+
+
+async def survey(connection: AbstractConnection, partitions: int) -> list[Row]:
+    """The queues, and how many messages are ready in each."""
+    async with connection.channel() as channel:
+        names = [*map(routes.partition_queue, range(partitions)), routes.PARKED, routes.DEAD]
+        found = [(await channel.declare_queue(name, passive=True)).declaration_result for name in names]
+    return [Row(row.queue or "", row.message_count or 0, row.consumer_count or 0) for row in found]
+
+
+async def declare_outgoing(channel: AbstractChannel) -> None:
+    """What events and parked copies are published to."""
+    await channel.declare_exchange(routes.EVENTS, "topic", durable=True)
+    await channel.declare_queue(routes.PARKED, durable=True, arguments=_KEPT)
+
+
+async def _declare(channel: AbstractChannel, partitions: int) -> None:
+    await declare_outgoing(channel)
+    dead_exchange = await channel.declare_exchange(routes.DEAD, "fanout", durable=True)
+    dead_queue = await channel.declare_queue(routes.DEAD, durable=True, arguments=_KEPT)
+    await dead_queue.bind(dead_exchange)
+    commands = await channel.declare_exchange(
+        routes.COMMANDS, "topic", durable=True, arguments={"alternate-exchange": routes.DEAD}
+    )
+    source = commands
+    if partitions > 1:
+        source = await channel.declare_exchange(HASH, HASH_TYPE, durable=True)
+    # In ascending order: the hash exchange numbers its queues as they were bound.
+    for partition in range(partitions):
+        name = routes.partition_queue(partition)
+        queue = await channel.declare_queue(name, durable=True, arguments=_PARTITION)
+        await queue.bind(source, routing_key="#" if source is commands else f"{partition:02d}")
+    # Last, so that nothing is hashed over half of the queues.
+    if source is not commands:
+        await source.bind(commands, routing_key="#")
+    interrupts = await channel.declare_exchange(routes.INTERRUPTS, "fanout", durable=True)
+    await commands.bind(interrupts)
+
+
+async def _lock(channel: AbstractChannel) -> None:
+    """Hold the exclusive queue that serves as a mutex; it goes with the connection, whatever happens."""
+    for _ in range(_MUTEX_TRIES):
+        try:
+            await channel.declare_queue(_MUTEX, exclusive=True)
+        except ChannelLockedResource:
+            await channel.reopen()
+            await asyncio.sleep(_MUTEX_PAUSE_S)
+        else:
+            return
+    raise LinkLost(f"another worker has been declaring the topology for {_MUTEX_TRIES * _MUTEX_PAUSE_S:.0f} s")
+
+
+async def _agree(connection: AbstractConnection, wanted: Record) -> Record:
+    """The record on the broker; `wanted` becomes it where there is none."""
+    async with connection.channel() as channel:
+        queue = await channel.declare_queue(RECORD, durable=True, arguments=_KEPT)
+        found = await queue.get(fail=False)
+        there = await _count_partitions(connection)
+        tries = _RECORD_TRIES if there else 0
+        while found is None and tries:
+            tries -= 1
+            await asyncio.sleep(_RECORD_PAUSE_S)
+            found = await queue.get(fail=False)
+        if found is not None:
+            record = Record(**json.loads(found.body))
+        else:
+            record = Record(there or wanted.partitions, wanted.store_id)
+        # Put back before it is taken: there is a record at any time, and twice the same does no harm.
+        message = Message(json.dumps(asdict(record)).encode(), delivery_mode=DeliveryMode.PERSISTENT)
+        await channel.default_exchange.publish(message, RECORD)
+        if found is not None:
+            await found.ack()
+        return record
+
+
+async def _count_partitions(connection: AbstractConnection) -> int:
+    """How many partition queues there are already."""
+    for partition in range(routes.MAX_PARTITIONS):
+        channel = await connection.channel()
+        try:
+            await channel.declare_queue(routes.partition_queue(partition), passive=True)
+        except ChannelNotFoundEntity:
+            return partition
+        await channel.close()
+    return routes.MAX_PARTITIONS
+
+
+def _compare(record: Record, wanted: Record) -> None:
+    if record.partitions != wanted.partitions:
+        raise TopologyError(
+            f"the broker has {record.partitions} partitions, PARTITIONS says {wanted.partitions}: "
+            f"set PARTITIONS={record.partitions}; to change the number, stop all workers, let the queues run empty "
+            f"and use `topology repartition {wanted.partitions}`"
+        )
+    if record.store_id != wanted.store_id:
+        raise TopologyError(
+            "the workers of this broker use another store than STORE_URL names; all must share one, since it knows the "
+            "sessions: set STORE_URL to theirs. If that store is lost for good, delete the queue "
+            f"{RECORD} while no worker runs: the next worker's store is then the one"
+        )

@@ -1,0 +1,144 @@
+"""The composition root: settings → adapters → flow, in one stack.
+
+`run` reads as the order of starting; `_stop`, and the stack unwinding behind it, as the order of stopping.
+"""
+
+import asyncio
+import signal
+from collections.abc import Coroutine
+from contextlib import AsyncExitStack
+from typing import Any, Self
+
+import structlog
+
+from worker.amqp.inbox import Inbox
+from worker.amqp.link import Link, where
+from worker.amqp.outbox import Outbox
+from worker.amqp.topology import Record
+from worker.avatar.client import Api, AvatarClient, KsSource
+from worker.avatar.credentials import FixedKs, KsFile
+from worker.flow.clock import SteadyClock
+from worker.flow.desk import Desk
+from worker.flow.keeper import Keeper
+from worker.flow.lanes import Lanes
+from worker.flow.settler import Settler
+from worker.ops import logs
+from worker.ops.health import Health
+from worker.settings import Settings
+from worker.stores.sql import SqlStore
+
+_log = structlog.stdlib.get_logger(__name__)
+
+
+async def run(settings: Settings) -> None:
+    """Serve until SIGTERM or SIGINT; a second one stops at once.
+
+    Raises:
+        ConfigurationError: the settings do not fit this machine or this broker.
+    """
+    signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
+    for one in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(one, signals.put_nowait, one)
+    ks = credentials(settings)
+    clock = SteadyClock()
+    name = settings.worker_name
+    async with AsyncExitStack() as stack:
+        store = await SqlStore.open(settings.store_url)
+        stack.push_async_callback(store.close)
+        api = await stack.enter_async_context(AvatarClient(_api(settings), ks))
+        outbox = Outbox(source=settings.event_source, worker=name, event_retry_s=settings.event_retry_s, clock=clock)
+        settler = Settler(outbox)
+        desk = Desk(api, store, name, clock)
+        stack.push_async_callback(store.release, name)
+        lanes = Lanes(settings.rules, desk, settler, clock, keep_s=settings.ledger_keep_s)
+        keeper = Keeper(
+            desk,
+            clock,
+            keep_alive_s=settings.keep_alive_s,
+            idle_s=settings.session_idle_s,
+            is_served=lanes.is_served,
+            submit=settler.submit,
+        )
+        wanted = Record(settings.partitions, await store.identity())
+        inbox = Inbox(lanes, wanted=wanted, worker=name, prefetch=settings.prefetch, clock=clock)
+        checks = {"consuming": inbox.ready.is_set, "publishing": outbox.ready.is_set}
+        health = await stack.enter_async_context(Health(settings.ops_host, settings.ops_port, checks))
+        url = settings.amqp_url.get_secret_value()
+        _log.info(logs.WORKER_STARTING, worker=name, broker=where(url), partitions=settings.partitions)
+        tasks = await stack.enter_async_context(
+            _Background(
+                Link(url, name=f"{name} publish", heartbeat_s=settings.heartbeat_s).run(outbox.session),
+                Link(url, name=f"{name} consume", heartbeat_s=settings.heartbeat_s).run(inbox.session),
+                keeper.run(),
+                lanes.prune(),
+            )
+        )
+        await tasks.until(signals.get())
+        health.stopping = True
+        await _stop(lanes, inbox, signals, settings.drain_timeout_s)
+    _log.info(logs.WORKER_STOPPED, worker=name)
+
+
+async def _stop(lanes: Lanes, inbox: Inbox, signals: "asyncio.Queue[signal.Signals]", timeout_s: float) -> None:
+    """Nothing new is begun; what is under way ends, is told and acknowledged, until the deadline or a second signal."""
+    _log.info(logs.WORKER_STOPPING, drain_timeout_s=timeout_s)
+    draining = asyncio.create_task(lanes.stop())
+    impatient = asyncio.create_task(signals.get())
+    await asyncio.wait({draining, impatient}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+    impatient.cancel()
+    if not draining.done():
+        draining.cancel()
+        await lanes.abandon()
+    inbox.gate()
+
+
+def credentials(settings: Settings) -> KsSource:
+    """Where the Kaltura Session comes from.
+
+    Raises:
+        ConfigurationError: the file with it cannot be read.
+    """
+    if settings.avatar_ks_file is not None:
+        return KsFile(settings.avatar_ks_file)
+    assert settings.avatar_ks is not None
+    return FixedKs(settings.avatar_ks)
+
+
+def _api(settings: Settings) -> Api:
+    return Api(
+        base_url=settings.avatar_base_url,
+        create_path=settings.avatar_create_path,
+        avatar_field=settings.avatar_id_field,
+        create_extra=settings.avatar_create_extra,
+        timeout_s=settings.avatar_timeout_s,
+        create_timeout_s=settings.avatar_create_timeout_s,
+        interrupt_timeout_s=settings.interrupt_timeout_s,
+    )
+
+
+class _Background:
+    """Tasks that run for as long as the worker does; cancelled, and waited for, at the end."""
+
+    def __init__(self, *work: Coroutine[Any, Any, None]) -> None:
+        self._work = work
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def __aenter__(self) -> Self:
+        self._tasks = [asyncio.create_task(one) for one in self._work]
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def until(self, event: Coroutine[Any, Any, Any]) -> None:
+        """Wait for the event. Raises what ends one of the tasks before: none of them should end."""
+        awaited = asyncio.create_task(event)
+        try:
+            done, _ = await asyncio.wait({awaited, *self._tasks}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            awaited.cancel()
+        for task in done - {awaited}:
+            task.result()
+            raise RuntimeError("a part of the worker ended by itself")

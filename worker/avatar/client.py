@@ -1,0 +1,149 @@
+"""The Avatar API's client: one attempt and one time-out a call, connections reused, redirects not followed.
+
+Retrying is the lane's business, since only the lane knows what may come after what.
+"""
+
+import json
+from dataclasses import dataclass
+from typing import Any, Protocol, Self
+from urllib.parse import quote
+
+import aiohttp
+
+from worker.avatar import faults
+from worker.core.model import CallKind, CallResult, Piece, Session, Viewer
+from worker.core.work import Open
+
+_IDLE_CONNECTION_S = 15.0
+"""Shorter than common servers' own limit: a connection they close just as we use it costs us a lost answer."""
+_CONNECT_S = 5.0
+"""A connection that does not come about is surely not taken, so there is no use in waiting long for it."""
+
+
+class KsSource(Protocol):
+    """Where the Kaltura Session comes from."""
+
+    def current(self) -> str:
+        """The Kaltura Session to use now."""
+
+
+@dataclass(frozen=True, slots=True)
+class Api:
+    """Where the API is and which of its contradictory forms it takes (KALTURA.md). Times in seconds."""
+
+    base_url: str
+    create_path: str = "/create"
+    avatar_field: str = "avatarId"
+    create_extra: dict[str, Any] | None = None
+    timeout_s: float = 10.0
+    create_timeout_s: float = 20.0
+    interrupt_timeout_s: float = 2.0
+
+
+class AvatarClient:
+    """`ports.AvatarApi` over HTTP. Close it when done: `async with AvatarClient(...) as client`."""
+
+    def __init__(self, api: Api, ks: KsSource) -> None:
+        self._api = api
+        self._ks = ks
+        self._http = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_IDLE_CONNECTION_S),
+            json_serialize=lambda document: json.dumps(document, ensure_ascii=False, separators=(",", ":")),
+        )
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._http.close()
+
+    async def create(self, wanted: Open) -> tuple[CallResult, Session | None]:
+        """See `ports.AvatarApi`, here and below. A KS that is refused is read again, and if it changed, tried once."""
+        ks = self._ks.current()
+        result, session = await self._create(wanted, ks)
+        if result.kind is CallKind.DENIED and (fresh := self._ks.current()) != ks:
+            result, session = await self._create(wanted, fresh)
+        return result, session
+
+    async def say(self, session: Session, piece: Piece) -> CallResult:
+        """Hand over a piece."""
+        body = {"text": piece.text, "turnId": piece.turn_id, "isFinal": piece.is_final}
+        return (await self._on_session(session, "say-text", body, self._api.timeout_s))[0]
+
+    async def interrupt(self, session: Session) -> CallResult:
+        """Stop what is being spoken."""
+        return (await self._on_session(session, "interrupt", {}, self._api.interrupt_timeout_s))[0]
+
+    async def keep_alive(self, session: Session) -> CallResult:
+        """The session is still wanted."""
+        return (await self._on_session(session, "keep-alive", {}, self._api.timeout_s))[0]
+
+    async def init_client(self, session: Session) -> tuple[CallResult, Viewer | None]:
+        """What a viewer needs."""
+        result, document = await self._on_session(session, "init-client", {}, self._api.timeout_s)
+        match document:
+            case {"whepUrl": str(url), "turn": dict(turn)} if result.kind is CallKind.OK:
+                return result, Viewer(url, turn)
+        return _incomplete(result, "whepUrl and turn"), None
+
+    async def end(self, session: Session) -> CallResult:
+        """End the session."""
+        return (await self._on_session(session, "end", {}, self._api.timeout_s))[0]
+
+    async def _create(self, wanted: Open, ks: str) -> tuple[CallResult, Session | None]:
+        ours: dict[str, Any] = {"visualConfig": {self._api.avatar_field: wanted.avatar_id}}
+        voice = {"id": wanted.voice_id, "speed": wanted.voice_speed}
+        voice = {name: value for name, value in voice.items() if value is not None}
+        if voice:
+            ours["voiceConfig"] = voice
+        body = _merged(self._api.create_extra or {}, ours)
+        url = self._api.base_url + self._api.create_path
+        result, document = await self._post(url, f"KS {ks}", body, self._api.create_timeout_s, creating=True)
+        match document:
+            case {"sessionId": str(session_id), "token": str(token)} if result.kind is CallKind.OK:
+                avatar_id, voice_id, speed = wanted.avatar_id, wanted.voice_id, wanted.voice_speed
+                return result, Session(session_id, token, avatar_id, voice_id, speed)
+        return _incomplete(result, "sessionId and token"), None
+
+    async def _on_session(
+        self, session: Session, verb: str, body: dict[str, Any], timeout_s: float
+    ) -> tuple[CallResult, Any]:
+        url = f"{self._api.base_url}/{quote(session.session_id, safe='')}/{verb}"
+        return await self._post(url, f"Bearer {session.token}", body, timeout_s, creating=False)
+
+    async def _post(
+        self, url: str, authorization: str, body: dict[str, Any], timeout_s: float, *, creating: bool
+    ) -> tuple[CallResult, Any]:
+        timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=min(timeout_s, _CONNECT_S))
+        headers = {"Authorization": authorization}
+        try:
+            request = self._http.post(url, json=body, headers=headers, timeout=timeout, allow_redirects=False)
+            async with request as answer:
+                document = _parsed(await answer.read())
+                retry_after = answer.headers.get("Retry-After")
+                return faults.of_answer(answer.status, document, retry_after, creating=creating), document
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            return faults.of_exception(error), None
+
+
+def _parsed(body: bytes) -> Any:
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _incomplete(result: CallResult, wanted: str) -> CallResult:
+    """A success that lacks what it is for is none."""
+    if result.kind is not CallKind.OK:
+        return result
+    return CallResult(CallKind.REFUSED, result.status, error=f"the answer lacks {wanted}")
+
+
+def _merged(extra: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
+    """Our fields over the configured ones; objects of both are merged."""
+    merged = dict(extra)
+    for name, value in ours.items():
+        other = merged.get(name)
+        merged[name] = {**other, **value} if isinstance(other, dict) and isinstance(value, dict) else value
+    return merged

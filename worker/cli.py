@@ -1,0 +1,88 @@
+"""What a person types (contract, section 6). Parses, loads the settings, sets the exit code; no logic.
+
+Exit codes: 0 done, 1 failed, 2 wrong settings or usage.
+"""
+
+import argparse
+import asyncio
+import sys
+from collections.abc import Coroutine, Sequence
+from typing import Any
+
+from worker.errors import ConfigurationError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    # These two have options of their own, and are not imported by a worker in production.
+    if arguments[:1] == ["simulator"]:
+        from worker.local import simulator  # noqa: PLC0415
+
+        return simulator.main(arguments[1:])
+    if arguments[:1] == ["demo"]:
+        from worker.local import demo  # noqa: PLC0415
+
+        return demo.main(arguments[1:])
+    options = _parser().parse_args(arguments)
+    try:
+        return int(options.command(options))
+    except ConfigurationError as error:
+        print(f"avatar-worker: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="avatar-worker",
+        description="Speaks for an upstream system: RabbitMQ commands in, a Kaltura avatar's speech out, events back.",
+        epilog="Settings come from the environment and .env; the README lists them.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    run = commands.add_parser("run", help="serve until SIGTERM")
+    run.set_defaults(command=_run)
+    commands.add_parser("demo", help="broker, simulator, worker and producer at once: watch an answer being spoken")
+    commands.add_parser("simulator", help="the Avatar API on this machine, with scriptable faults")
+    topology = commands.add_parser("topology", help="declare and check what the worker needs on the broker")
+    topology.set_defaults(command=_topology)
+    parked = commands.add_parser("parked", help="commands that were given up")
+    actions = parked.add_subparsers(required=True, metavar="ACTION")
+    listing = actions.add_parser("list", help="show the oldest, with the reason")
+    listing.add_argument("--limit", type=int, default=100, help="how many at most (default 100)")
+    listing.add_argument("--json", action="store_true", help="one JSON object a line")
+    listing.set_defaults(command=_parked_list)
+    return parser
+
+
+def _run(_options: argparse.Namespace) -> int:
+    from worker import app  # noqa: PLC0415
+    from worker.ops import logs  # noqa: PLC0415
+    from worker.settings import Settings, load  # noqa: PLC0415
+
+    settings = load(Settings)
+    logs.configure(settings.log_level, settings.log_format)
+    _await(app.run(settings))
+    return 0
+
+
+def _topology(_options: argparse.Namespace) -> int:
+    from worker import operate  # noqa: PLC0415
+    from worker.settings import Settings, load  # noqa: PLC0415
+
+    return int(_await(operate.declare_topology(load(Settings))))
+
+
+def _parked_list(options: argparse.Namespace) -> int:
+    from worker import operate  # noqa: PLC0415
+    from worker.settings import BrokerSettings, load  # noqa: PLC0415
+
+    return int(_await(operate.list_parked(load(BrokerSettings), limit=options.limit, as_json=options.json)))
+
+
+def _await(work: Coroutine[Any, Any, Any]) -> Any:
+    import uvloop  # noqa: PLC0415
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(work)

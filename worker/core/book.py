@@ -1,0 +1,101 @@
+"""The book of one conversation: what waits, how what waited has ended, and what is to be told of it."""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from itertools import takewhile
+
+from schemas.commands import Speak
+from worker.core import verdict
+from worker.core.memory import Ended, Memory
+from worker.core.model import Entry, speak_of
+from worker.core.verdict import Conclusion
+
+
+class Book:
+    """Entries come in by `add`, in queue order, and go out by `end`, exactly once each; `take` hands over what to tell.
+
+    An entry whose `message_id` has ended before is *known*: `repeat` ends it with the event that told it then.
+    """
+
+    def __init__(self, conversation_id: str, memory: Memory) -> None:
+        self.conversation_id = conversation_id
+        self.memory = memory
+        self._queue: deque[Entry] = deque()
+        self._out: list[Conclusion] = []
+
+    def __len__(self) -> int:
+        return len(self._queue)
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(self._queue)
+
+    def __contains__(self, entry: Entry) -> bool:
+        return entry in self._queue
+
+    @property
+    def head(self) -> Entry:
+        """The oldest entry that has not ended."""
+        return self._queue[0]
+
+    def add(self, entry: Entry) -> None:
+        """Queue an entry behind all others."""
+        self._queue.append(entry)
+
+    def drop(self, unwanted: Callable[[Entry], bool]) -> None:
+        """Take entries out as if they had never come: they will come again."""
+        self._queue = deque(entry for entry in self._queue if not unwanted(entry))
+
+    def known(self, entry: Entry) -> bool:
+        """Whether a command with this id has ended."""
+        return entry.message_id is not None and entry.message_id in self.memory.ended
+
+    def chunks(self) -> Iterator[Entry]:
+        """All speech that waits, each command once: of two deliveries of one command the first counts."""
+        seen: set[str] = set()
+        for entry in self._queue:
+            if isinstance(entry.command, Speak) and entry.key not in seen and not self.known(entry):
+                seen.add(entry.key)
+                yield entry
+
+    def run(self, turn_id: str) -> list[Entry]:
+        """The chunks of that turn at the head of the queue, up to the first entry that is anything else."""
+        waiting = zip(self._queue, self.chunks(), strict=False)
+        same = takewhile(lambda pair: pair[0] is pair[1] and speak_of(pair[0]).turn_id == turn_id, waiting)
+        return [entry for entry, _ in same]
+
+    def tell(self, conclusion: Conclusion) -> None:
+        """Something happened with which no entry ends."""
+        self._out.append(conclusion)
+
+    def end(self, conclusions: Iterable[Conclusion], now: float) -> None:
+        """The entries of these conclusions end; their ids are remembered."""
+        for conclusion in conclusions:
+            self._out.append(conclusion)
+            for entry in conclusion.entries:
+                assert isinstance(entry, Entry)
+                self._leave(entry)
+                if entry.message_id is not None:
+                    assert conclusion.event is not None
+                    self.memory.ended[entry.message_id] = Ended(entry.fingerprint, conclusion.event, now)
+
+    def repeat(self, entry: Entry) -> None:
+        """End a known entry: as its command ended, or as rejected if the body is another one."""
+        assert entry.message_id is not None
+        ended = self.memory.ended[entry.message_id]
+        self._leave(entry)
+        if ended.fingerprint == entry.fingerprint:
+            self._out.append(verdict.repeated(ended.event, entry))
+        else:
+            self._out.append(verdict.message_id_reused(self.conversation_id, entry))
+
+    def take(self) -> tuple[Conclusion, ...]:
+        """What is to be told and settled, in order."""
+        out, self._out = tuple(self._out), []
+        return out
+
+    def _leave(self, entry: Entry) -> None:
+        if self._queue[0] is entry:
+            self._queue.popleft()
+        else:
+            self._queue.remove(entry)
+        self.memory.spoken.pop(entry.key, None)

@@ -1,0 +1,187 @@
+"""The rules of one conversation. THE LAW: one thing at a time, in the order it was queued.
+
+A lane is driven in a loop by whoever owns it (`flow.runner`):
+
+    offer(entry)          a command was delivered; it waits its turn. An interrupt silences what waits before it
+    step = next(now)      what has ended by now, and the one thing to do next
+    done(work, result)    what became of that
+
+    head of the book      next hands out             done leads to
+    speak                 Open, if no session;       accepted | again later | failed, with its turn
+                          Say(piece)
+    interrupt             CallInterrupt              interrupt.done
+    session.start         Close, if another avatar;  session.ready | again later | session.failed
+                          Open; InitClient
+    session.attach        Close, Attach              session.ready
+    session.end           Wait (playback); Close     session.ended
+    nothing               no work: the lane is idle
+
+`speech` knows the turns, `session_plan` the session, `book` who waits; every end is a word of `verdict`.
+What must outlive the lane is `memory`.
+"""
+
+from collections.abc import Callable
+from typing import assert_never
+
+from schemas.commands import Interrupt, SessionAttach, SessionEnd, SessionStart, Speak
+from worker.core import verdict
+from worker.core.book import Book
+from worker.core.memory import Memory
+from worker.core.model import CallKind, CallResult, Entry, Session, Viewer
+from worker.core.retry import Attempts
+from worker.core.session_plan import SessionPlan
+from worker.core.speech import Speech
+from worker.core.verdict import Conclusion
+from worker.core.work import Attach, Call, CallInterrupt, InitClient, Open, Rules, Say, Step, Wait, Work
+
+
+class Lane:
+    """One conversation. Commands may be offered at once; `begin` comes before the first `next`."""
+
+    def __init__(self, conversation_id: str, rules: Rules, memory: Memory) -> None:
+        self._rules = rules
+        self._book = Book(conversation_id, memory)
+        self._attempts = Attempts()
+        self._speech = Speech(self._book, rules, self._attempts)
+        self._sessions = SessionPlan(self._book, rules, self._attempts, self._speech)
+        self._silenced: dict[Entry, dict[str, int]] = {}
+        self._calling = False
+
+    def __len__(self) -> int:
+        """How many commands have not ended."""
+        return len(self._book)
+
+    def begin(self, session: Session | None) -> None:
+        """The session that the lane's owner has found, if there is one."""
+        self._sessions.session = session
+
+    def rebuilt(self) -> "Lane":
+        """A new lane with what this one holds, after it failed."""
+        lane = Lane(self._book.conversation_id, self._rules, self._book.memory)
+        for entry in self._book:
+            lane._book.add(entry)
+        lane._silenced = self._silenced
+        return lane
+
+    def offer(self, entry: Entry, now: float) -> tuple[Conclusion, ...]:
+        """Queue a command; returns what ends by its mere coming."""
+        if isinstance(entry.command, Interrupt) and not self._acted(entry):
+            spared = self._in_call()
+            self._silenced[entry] = self._speech.silence(entry, entry.command.turn_id, now, spared)
+            if not spared and self._speech.outdated(now):
+                self._speech.drop()
+        self._book.add(entry)
+        return self._book.take()
+
+    def forget(self, is_gone: Callable[[Entry], bool]) -> None:
+        """Drop what waits and will be delivered again. What is in a call stays: its outcome is a fact."""
+        busy = self._in_call()
+        self._book.drop(lambda entry: is_gone(entry) and entry not in busy)
+        self._silenced = {entry: turns for entry, turns in self._silenced.items() if entry in self._book}
+        if not busy:
+            self._speech.drop()
+
+    def next(self, now: float) -> Step:
+        """What has ended by now, and the next work. Not while a call is under way."""
+        assert not self._calling, "one thing at a time"
+        work = self._plan(now)
+        if work is not None and not isinstance(work, Wait):
+            if self._attempts.busy_until > now:
+                work = Wait(self._attempts.busy_until)
+            else:
+                self._calling = True
+                self._attempts.begin(now)
+                if isinstance(work, Say):
+                    self._speech.begin(work.piece, now)
+        return Step(self._book.take(), work)
+
+    def done(
+        self, work: Call, result: CallResult, now: float, *, got: Session | Viewer | None = None, jitter: float = 1.0
+    ) -> tuple[Conclusion, ...]:
+        """Record the outcome of the call handed out last.
+
+        `got` is the session that Open created, or the Viewer that InitClient fetched. `jitter` is chance in [0, 1).
+        """
+        assert self._calling
+        self._calling = False
+        match work:
+            case _ if result.kind is CallKind.STALE:
+                self._sessions.forget()
+                self._attempts.rest()
+            case Say():
+                if result.kind is CallKind.GONE:
+                    self._sessions.lose()
+                self._speech.said(result, now, jitter)
+            case Open():
+                self._sessions.opened(result, got if isinstance(got, Session) else None, now, jitter)
+            case Attach():
+                self._sessions.attached(work.session, now)
+            case InitClient():
+                self._sessions.initialised(result, got if isinstance(got, Viewer) else None, now, jitter)
+            case CallInterrupt():
+                self._end_interrupt(self._book.head, result, now)
+                if result.kind is CallKind.GONE:
+                    self._sessions.lose()
+            case _:
+                self._sessions.closed(result, now, jitter)
+        return self._book.take()
+
+    def _plan(self, now: float) -> Work | None:
+        """Work down the book until something has to be done, or waited for."""
+        while len(self._book):
+            if self._attempts.not_before > now and not self._speech.outdated(now):
+                return Wait(self._attempts.not_before)
+            head = self._book.head
+            if self._book.known(head) and self._speech.piece is None:
+                self._silenced.pop(head, None)
+                self._book.repeat(head)
+                continue
+            work = self._plan_head(head, now)
+            if work is not None:
+                return work
+        return None
+
+    def _plan_head(self, head: Entry, now: float) -> Work | None:
+        match head.command:
+            case Speak():
+                piece = self._speech.plan(now)
+                if piece is None or isinstance(piece, Wait):
+                    return piece
+                return Say(piece) if self._sessions.session else self._sessions.plan_for_speech(now)
+            case Interrupt(turn_id=wanted):
+                last = self._book.memory.last_turn
+                if self._sessions.session and (wanted is None or last in (None, wanted)):
+                    return CallInterrupt()
+                self._end_interrupt(head, None, now)
+                return None
+            case SessionStart() as start:
+                return self._sessions.plan_start(head, start, now)
+            case SessionAttach() as attach:
+                return self._sessions.plan_attach(attach, now)
+            case SessionEnd():
+                return self._sessions.plan_end(head, now)
+            case _ as unreachable:
+                assert_never(unreachable)
+
+    def _end_interrupt(self, entry: Entry, result: CallResult | None, now: float) -> None:
+        silenced = self._silenced.pop(entry, {})
+        if result is not None:
+            self._book.memory.playing_until = now
+        # Without a session nothing can have been silenced but what was waiting for one.
+        turn_ids = [turn_id for turn_id, lost in silenced.items() if lost or self._sessions.session]
+        latency_ms = verdict.milliseconds(now - entry.born)
+        conversation_id = self._book.conversation_id
+        done = verdict.interrupt_done(conversation_id, entry, turn_ids, latency_ms=latency_ms, result=result)
+        self._book.end([done], now)
+        self._attempts.rest()
+
+    def _acted(self, interrupt: Entry) -> bool:
+        """Whether this interrupt, delivered before, has silenced already; it must not silence what came after it."""
+        return self._book.known(interrupt) or any(entry.key == interrupt.key for entry in self._silenced)
+
+    def _in_call(self) -> tuple[Entry, ...]:
+        """The entries whose fate hangs on a call that is under way, or may have had its effect."""
+        if not self._calling and not self._speech.perhaps_said:
+            return ()
+        piece = self._speech.piece
+        return tuple(part.entry for part in piece.parts) if piece else (self._book.head,)

@@ -1,0 +1,136 @@
+"""What a lane holds and hands out: entries, pieces, sessions, and what the Avatar API made of a call."""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from schemas.commands import Command, Malformed, Speak
+
+
+@dataclass(frozen=True, slots=True)
+class ReplyTo:
+    """Where the answer to a command goes, and for how long it is of use."""
+
+    queue: str
+    correlation_id: str | None
+    expires_ms: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Entry:
+    """One delivered command. Two entries are the same only if they are the same delivery.
+
+    `key` names the command in event ids: its `message_id`, or something random where it has none. `born` is where its
+    age counts from. `delivery` is the broker's side of it, which the core only passes on.
+    """
+
+    command: Command
+    key: str
+    born: float
+    delivery: object
+    message_id: str | None = None
+    fingerprint: bytes = b""
+    redelivered: bool = False
+    traceparent: str | None = None
+    reply_to: ReplyTo | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Misfit:
+    """One delivered message that is no command."""
+
+    malformed: Malformed
+    key: str
+    delivery: object
+    routing_key: str
+    message_id: str | None = None
+    traceparent: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The characters `start` to `end` of one chunk; `last` when nothing of the chunk is left after them."""
+
+    entry: Entry
+    start: int
+    end: int
+    last: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What one `say-text` carries: text of one turn, from one chunk or several."""
+
+    turn_id: str
+    text: str
+    is_final: bool
+    parts: tuple[Part, ...]
+
+    @property
+    def ending(self) -> tuple[Entry, ...]:
+        """The chunks that end with this piece."""
+        return tuple(part.entry for part in self.parts if part.last)
+
+    @property
+    def key(self) -> str:
+        """The same whenever the same piece is told of again."""
+        return f"{self.parts[0].entry.key}\n{self.parts[0].start}"
+
+    @property
+    def born(self) -> float:
+        """The age of a piece is that of its oldest chunk."""
+        return min(part.entry.born for part in self.parts)
+
+
+@dataclass(frozen=True, slots=True)
+class Viewer:
+    """What a page needs to show the avatar without its token. `turn` holds credentials."""
+
+    whep_url: str = field(repr=False)
+    turn: dict[str, object] = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """An avatar session of a conversation. `attached`: somebody else created it, nobody knows with which avatar."""
+
+    session_id: str
+    token: str = field(repr=False)
+    avatar_id: str | None = None
+    voice_id: str | None = None
+    voice_speed: float | None = None
+    attached: bool = False
+    viewer: Viewer | None = field(default=None, repr=False)
+
+
+class CallKind(StrEnum):
+    """What became of a call, as far as anybody can know: `avatar.faults` maps everything to one of these."""
+
+    OK = "ok"
+    NOT_TAKEN = "not_taken"
+    """Surely without effect; try again freely."""
+    UNKNOWN = "unknown"
+    """Perhaps with effect: the answer was lost."""
+    REFUSED = "refused"
+    """Without effect, and it would be refused again."""
+    DENIED = "denied"
+    """The credentials were refused."""
+    GONE = "gone"
+    """The session does not exist any more."""
+    STALE = "stale"
+    """Nothing was called: the session had ended meanwhile."""
+
+
+@dataclass(frozen=True, slots=True)
+class CallResult:
+    """The outcome of one call: `status` is the HTTP status (None: no answer), `retry_after_s` the server's wish."""
+
+    kind: CallKind
+    status: int | None = None
+    retry_after_s: float | None = None
+    error: str = ""
+
+
+def speak_of(entry: Entry) -> Speak:
+    """The command of an entry known to be speech."""
+    assert isinstance(entry.command, Speak)
+    return entry.command

@@ -1,0 +1,169 @@
+"""The avatar session of one conversation: when to open, replace and end it, and who is told.
+
+`session` is what the lane's owner last knew; a call that finds it gone says so (`GONE`, `STALE`) and it is forgotten.
+"""
+
+from dataclasses import replace
+
+from schemas.commands import SessionAttach, SessionStart, Speak
+from schemas.events import EndReason, SessionFailure, SpeechFailure
+from worker.core import verdict
+from worker.core.book import Book
+from worker.core.model import CallKind, CallResult, Entry, Session, Viewer
+from worker.core.retry import Attempts
+from worker.core.speech import Speech
+from worker.core.work import Attach, Call, Close, InitClient, Open, Rules, Wait
+
+END_ATTEMPTS = 3
+"""Calls of `/end` before a session is given up: the API's own idle time-out ends it then."""
+
+_NO_AVATAR = CallResult(CallKind.REFUSED, error="no avatar: name one in session.start, or set AVATAR_ID")
+
+
+class SessionPlan:
+    """Plans what the head of the book needs of its session."""
+
+    def __init__(self, book: Book, rules: Rules, attempts: Attempts, speech: Speech) -> None:
+        self.session: Session | None = None
+        self._book = book
+        self._rules = rules
+        self._attempts = attempts
+        self._speech = speech
+        self._retiring: EndReason | None = None
+
+    # What to do.
+
+    def plan_for_speech(self, now: float) -> Call | None:
+        """A session for the piece under way."""
+        return self._open(self._rules.default_avatar, self._rules.default_voice, None, now)
+
+    def plan_start(self, entry: Entry, start: SessionStart, now: float) -> Call | Wait | None:
+        """Open a session, replace the one of another avatar or voice, or answer with the one that is live."""
+        live = self.session
+        if live is None:
+            voice_id = start.voice_id or (None if start.avatar_id else self._rules.default_voice)
+            return self._open(start.avatar_id or self._rules.default_avatar, voice_id, start.voice_speed, now)
+        if start.avatar_id not in (None, live.avatar_id) or start.voice_id not in (None, live.voice_id):
+            return self._close(EndReason.REPLACED, now)
+        if start.handoff == "viewer" and live.viewer is None:
+            return InitClient()
+        self._book.end([verdict.session_ready(self._book.conversation_id, live, entry)], now)
+        return None
+
+    def plan_attach(self, attach: SessionAttach, now: float) -> Call | Wait:
+        """Use the foreign session; one of our own is ended first."""
+        if self.session is not None and self.session.session_id != attach.session_id:
+            return self._close(EndReason.REPLACED, now)
+        return Attach(Session(attach.session_id, attach.token, attached=True))
+
+    def plan_end(self, entry: Entry, now: float) -> Call | Wait | None:
+        """Close the open turns, let them be heard, end the session."""
+        for turn_id in list(self._book.memory.open_turns()):
+            self._speech.close(turn_id, entry, now, final_sent=False)
+        if self.session is not None:
+            return self._close(EndReason.REQUESTED, now)
+        self._book.end([verdict.session_ended(self._book.conversation_id, None, EndReason.REQUESTED, entry)], now)
+        return None
+
+    def _open(self, avatar_id: str | None, voice_id: str | None, voice_speed: float | None, now: float) -> Open | None:
+        if avatar_id is not None:
+            return Open(avatar_id, voice_id, voice_speed)
+        self._fail(SpeechFailure.NO_SESSION, SessionFailure.REFUSED, _NO_AVATAR, now)
+        return None
+
+    def _close(self, reason: EndReason, now: float) -> Close | Wait:
+        memory = self._book.memory
+        if self._retiring is None:
+            self._retiring = reason
+            memory.playing_until = min(memory.playing_until, now + self._rules.session_end_wait_s)
+        if memory.playing_until > now:
+            return Wait(memory.playing_until)
+        return Close(last_attempt=self._attempts.count + 1 >= END_ATTEMPTS)
+
+    # What became of it.
+
+    def opened(self, result: CallResult, session: Session | None, now: float, jitter: float) -> None:
+        """A create was answered, or not."""
+        for_speech = isinstance(self._book.head.command, Speak)
+        waited_enough = now - self._attempts.first >= self._rules.session_wait_s
+        if result.kind is CallKind.UNKNOWN:
+            self._attempts.lost(self._rules.ambiguous_wait_s)
+        match result.kind:
+            case CallKind.OK:
+                self.session = session
+                assert session is not None
+                if for_speech:
+                    self._book.tell(verdict.session_ready(self._book.conversation_id, session, None))
+                self._attempts.rest()
+            case CallKind.DENIED:
+                self._fail(SpeechFailure.CREDENTIALS, SessionFailure.CREDENTIALS, result, now)
+            case CallKind.NOT_TAKEN if result.status == 429 and waited_enough:
+                self._fail(SpeechFailure.CAPACITY, SessionFailure.CAPACITY, result, now)
+            # Speech goes on trying until it expires: nothing healthy is given up because the API was down.
+            case CallKind.NOT_TAKEN | CallKind.UNKNOWN if for_speech or not waited_enough:
+                self._attempts.again(now, jitter, result.retry_after_s)
+            case CallKind.NOT_TAKEN | CallKind.UNKNOWN:
+                self._fail(None, SessionFailure.UNAVAILABLE, result, now)
+            case _:
+                self._fail(SpeechFailure.REFUSED, SessionFailure.REFUSED, result, now)
+
+    def attached(self, session: Session, now: float) -> None:
+        """The foreign session is ours to use."""
+        self.session = session
+        self._book.end([verdict.session_ready(self._book.conversation_id, session, self._book.head)], now)
+        self._attempts.rest()
+
+    def initialised(self, result: CallResult, viewer: Viewer | None, now: float, jitter: float) -> None:
+        """The viewer's hand-off was fetched, or not."""
+        assert self.session is not None
+        waited_enough = now - self._attempts.first >= self._rules.session_wait_s
+        match result.kind:
+            case CallKind.OK:
+                self.session = replace(self.session, viewer=viewer)
+                self._attempts.rest()
+            case CallKind.GONE:
+                self.lose()
+                self._attempts.rest()
+            case CallKind.NOT_TAKEN if not waited_enough:
+                self._attempts.again(now, jitter, result.retry_after_s)
+            case CallKind.NOT_TAKEN | CallKind.UNKNOWN:
+                self._fail(None, SessionFailure.UNAVAILABLE, result, now)
+            case _:
+                self._fail(SpeechFailure.REFUSED, SessionFailure.REFUSED, result, now)
+
+    def closed(self, result: CallResult, now: float, jitter: float) -> None:
+        """The session has ended, or tries again to."""
+        unsure = result.kind in (CallKind.NOT_TAKEN, CallKind.UNKNOWN)
+        if unsure and self._attempts.count < END_ATTEMPTS:
+            self._attempts.again(now, jitter, result.retry_after_s)
+            return
+        assert self._retiring is not None
+        asked = self._retiring is EndReason.REQUESTED
+        conclusion = verdict.session_ended(
+            self._book.conversation_id, self.session, self._retiring, self._book.head if asked else None
+        )
+        self._book.end([conclusion], now)
+        self.forget()
+        self._attempts.rest()
+
+    def lose(self) -> None:
+        """The API does not know the session any more."""
+        if self.session is not None:
+            self._book.tell(verdict.session_ended(self._book.conversation_id, self.session, EndReason.LOST))
+        self.forget()
+
+    def forget(self) -> None:
+        """There is no session; whoever ended it has told."""
+        self.session, self._retiring = None, None
+
+    def _fail(self, speech: SpeechFailure | None, start: SessionFailure, why: CallResult, now: float) -> None:
+        """Whoever needs the session ends: the piece under way with its turn, or the `session.start`."""
+        head, conversation_id = self._book.head, self._book.conversation_id
+        if isinstance(head.command, SessionStart):
+            self._book.end([verdict.session_failed(conversation_id, start, why, head, ends=True)], now)
+            self._attempts.rest()
+            return
+        assert speech is not None
+        if speech is not SpeechFailure.NO_SESSION:
+            self._book.tell(verdict.session_failed(conversation_id, start, why, head, ends=False))
+        self._speech.fail(speech, why, now)

@@ -1,0 +1,203 @@
+"""How chunks become calls: the next piece, what its outcome means, and what becomes of its turn."""
+
+from collections.abc import Iterator, Sequence
+
+from schemas.events import DiscardReason, SpeechFailure
+from worker.core import pieces, verdict
+from worker.core.book import Book
+from worker.core.memory import Turn, TurnState
+from worker.core.model import CallKind, CallResult, Entry, Piece, speak_of
+from worker.core.retry import Attempts
+from worker.core.work import Rules, Wait
+
+CHARS_PER_S = 14.0
+"""How fast an avatar speaks, to estimate when it has finished: the API does not tell (KALTURA.md)."""
+BLANK_WAIT_S = 1.0
+"""How long white space waits for the word it belongs to."""
+
+
+class Speech:
+    """Plans one piece at a time from the chunks at the head of the book; `piece` is the one that is under way.
+
+    It stays the same from its first attempt to its last: what is repeated is repeated exactly as it was sent.
+    `perhaps_said`: an answer was lost, so that saying it again may repeat it.
+    """
+
+    def __init__(self, book: Book, rules: Rules, attempts: Attempts) -> None:
+        self.piece: Piece | None = None
+        self.perhaps_said = False
+        self._book = book
+        self._memory = book.memory
+        self._rules = rules
+        self._attempts = attempts
+        self._blank_since: float | None = None
+
+    def plan(self, now: float) -> Piece | Wait | None:
+        """The piece to say now; None when the head of the book has ended instead."""
+        if self.piece is not None:
+            if not self.outdated(now):
+                return self.piece
+            self.drop()
+        if self._end_unspeakable(now):
+            return None
+        run = list(self._run(now))
+        if not any(speak_of(entry).text.strip() for entry in run):
+            return self._plan_blank(run, now)
+        self._blank_since = None
+        self.piece = pieces.compose(run, self._memory.spoken.get(run[0].key, 0))
+        return self.piece
+
+    def outdated(self, now: float) -> bool:
+        """Whether the piece under way is not to be tried again: its turn went silent, or it is too old."""
+        if self.piece is None:
+            return False
+        turn = self._memory.turns.get(self.piece.turn_id)
+        return (turn is not None and turn.silent) or self._expired(self.piece.parts[0].entry, now)
+
+    def drop(self) -> None:
+        """No piece is under way any more."""
+        self.piece, self.perhaps_said = None, False
+        self._attempts.rest()
+
+    def begin(self, piece: Piece, now: float) -> None:
+        """The piece is about to leave: its turn is open, again if it was closed."""
+        if self._memory.turn(piece.turn_id, now).state is TurnState.CLOSED:
+            self._memory.turns[piece.turn_id] = Turn(touched=now)
+
+    # What became of it.
+
+    def said(self, result: CallResult, now: float, jitter: float) -> None:
+        """Record the outcome of one call. A session that is gone is the caller's to lose, before this."""
+        piece = self.piece
+        assert piece is not None
+        if result.kind is CallKind.UNKNOWN:
+            self.perhaps_said = True
+            self._attempts.lost(self._rules.ambiguous_wait_s)
+        match result.kind:
+            case CallKind.OK:
+                self._accept(piece, now)
+            case CallKind.NOT_TAKEN:
+                self._attempts.again(now, jitter, result.retry_after_s)
+            case CallKind.UNKNOWN if self._rules.ambiguous == "repeat":
+                self._attempts.again(now, jitter)
+            case CallKind.UNKNOWN:
+                self.fail(SpeechFailure.UNKNOWN_OUTCOME, result, now)
+            case CallKind.GONE:
+                self.fail(SpeechFailure.SESSION_LOST, result, now)
+            case _:
+                self.fail(SpeechFailure.REFUSED, result, now)
+
+    def _accept(self, piece: Piece, now: float) -> None:
+        memory, conversation_id = self._memory, self._book.conversation_id
+        turn = memory.turn(piece.turn_id, now)
+        turn.pieces += 1
+        turn.text_length += len(piece.text)
+        memory.last_turn = piece.turn_id
+        memory.playing_until = max(memory.playing_until, now) + len(piece.text) / CHARS_PER_S
+        if turn.pieces == 1 and not turn.silent:
+            self._book.tell(verdict.turn_started(conversation_id, piece))
+        told_blindly = any(part.entry.redelivered and part.entry.message_id is None for part in piece.parts)
+        accepted = verdict.accepted(
+            conversation_id,
+            piece,
+            attempts=self._attempts.count,
+            latency_ms=verdict.milliseconds(now - piece.born),
+            repeated=self.perhaps_said or told_blindly,
+        )
+        self._book.end([accepted], now)
+        memory.spoken.update({part.entry.key: part.end for part in piece.parts if not part.last})
+        if piece.is_final and not turn.silent:
+            self.close(piece.turn_id, piece.parts[-1].entry, now, final_sent=True)
+        self.drop()
+
+    def fail(self, reason: SpeechFailure, why: CallResult, now: float) -> None:
+        """The piece under way cannot be spoken: its chunks end here, the rest of the turn will as they come up."""
+        piece, conversation_id = self.piece, self._book.conversation_id
+        assert piece is not None
+        turn = self._memory.turn(piece.turn_id, now)
+        entries = [part.entry for part in piece.parts]
+        if not turn.silent:
+            turn.state = TurnState.FAILED
+            failed = verdict.failed(conversation_id, entries, reason, attempts=self._attempts.count, why=why)
+            self._book.end([failed], now)
+            self._book.tell(verdict.turn_failed(conversation_id, entries[0], reason))
+        self.drop()
+
+    def close(self, turn_id: str, closing: Entry, now: float, *, final_sent: bool) -> None:
+        """All of the turn was handed over; `closing` is the command that said so."""
+        turn = self._memory.turn(turn_id, now)
+        turn.state = TurnState.CLOSED
+        done = verdict.turn_completed(self._book.conversation_id, turn_id, turn, closing, final_sent=final_sent)
+        self._book.tell(done)
+
+    def silence(self, interrupt: Entry, wanted: str | None, now: float, spared: Sequence[Entry]) -> dict[str, int]:
+        """An interrupt: end the chunks it is about and mark their turns. `spared` chunks are in a call just now.
+
+        Returns the turns that are silent from here on, with the number of chunks each has lost; `wanted` None means
+        all turns that are open or lose a chunk.
+        """
+        doomed: dict[str, list[Entry]] = {} if wanted is None else {wanted: []}
+        for entry in self._book.chunks():
+            turn_id = speak_of(entry).turn_id
+            if wanted in (None, turn_id) and self._speakable(entry):
+                doomed.setdefault(turn_id, []).extend([] if entry in spared else [entry])
+        if wanted is None:
+            doomed |= {turn_id: [] for turn_id in self._memory.open_turns() if turn_id not in doomed}
+        conversation_id = self._book.conversation_id
+        for turn_id, entries in doomed.items():
+            self._memory.turn(turn_id, now).state = TurnState.INTERRUPTED
+            if entries:
+                self._book.end(verdict.discarded(conversation_id, entries, DiscardReason.INTERRUPTED), now)
+            self._book.tell(verdict.turn_interrupted(conversation_id, turn_id, interrupt, len(entries)))
+        return {turn_id: len(entries) for turn_id, entries in doomed.items()}
+
+    # What is not said.
+
+    def _plan_blank(self, run: list[Entry], now: float) -> Wait | None:
+        """Nothing but white space: it waits for its word, closes the turn, or ends as empty."""
+        final = speak_of(run[-1]).is_final
+        if not final and len(run) == len(self._book) and self._rules.shaping == "sentences":
+            self._blank_since = self._blank_since or now
+            if now < self._blank_since + BLANK_WAIT_S:
+                return Wait(self._blank_since + BLANK_WAIT_S)
+        self._blank_since = None
+        self._book.end(verdict.discarded(self._book.conversation_id, run, DiscardReason.EMPTY), now)
+        turn_id = speak_of(run[-1]).turn_id
+        if final and self._memory.turn(turn_id, now).state is not TurnState.CLOSED:
+            self.close(turn_id, run[-1], now, final_sent=False)
+        return None
+
+    def _end_unspeakable(self, now: float) -> bool:
+        """End the chunks at the head if their turn is silent, or the first of them is too old."""
+        head, conversation_id = self._book.head, self._book.conversation_id
+        turn_id = speak_of(head).turn_id
+        if self._speakable(head) and self._expired(head, now):
+            self._memory.turn(turn_id, now).state = TurnState.EXPIRED
+            self._book.tell(verdict.turn_failed(conversation_id, head, "expired"))
+        if self._speakable(head):
+            return False
+        run = list(self._book.run(turn_id))
+        match self._memory.turn(turn_id, now).state:
+            case TurnState.FAILED:
+                self._book.end([verdict.failed(conversation_id, run, SpeechFailure.TURN_FAILED, why=None)], now)
+            case TurnState.EXPIRED:
+                self._book.end(verdict.discarded(conversation_id, run, DiscardReason.EXPIRED), now)
+            case _:
+                self._book.end(verdict.discarded(conversation_id, run, DiscardReason.INTERRUPTED), now)
+        return True
+
+    def _run(self, now: float) -> Iterator[Entry]:
+        """The chunks at the head that may share a piece: of one turn, up to its final; one alone if shaping is off."""
+        for entry in self._book.run(speak_of(self._book.head).turn_id):
+            if self._expired(entry, now):
+                return
+            yield entry
+            if speak_of(entry).is_final or self._rules.shaping == "off":
+                return
+
+    def _speakable(self, entry: Entry) -> bool:
+        turn = self._memory.turns.get(speak_of(entry).turn_id)
+        return turn is None or not turn.silent
+
+    def _expired(self, entry: Entry, now: float) -> bool:
+        return self._rules.max_age_s > 0 and now - entry.born > self._rules.max_age_s

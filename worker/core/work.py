@@ -1,0 +1,80 @@
+"""What a lane can ask its owner to do, one at a time, and what a deployment may choose about it."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from worker.core.model import Piece, Session
+from worker.core.verdict import Conclusion
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What a deployment may choose. Times in seconds."""
+
+    shaping: Literal["sentences", "off"] = "sentences"
+    max_age_s: float = 120.0
+    ambiguous: Literal["repeat", "skip"] = "repeat"
+    ambiguous_wait_s: float = 2.0
+    session_wait_s: float = 10.0
+    session_end_wait_s: float = 30.0
+    default_avatar: str | None = None
+    default_voice: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Open:
+    """Create a session with the API."""
+
+    avatar_id: str
+    voice_id: str | None
+    voice_speed: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Attach:
+    """Take over a session somebody else created; calls nobody."""
+
+    session: Session
+
+
+@dataclass(frozen=True, slots=True)
+class InitClient:
+    """Fetch what a viewer needs; the API allows it once a session."""
+
+
+@dataclass(frozen=True, slots=True)
+class Say:
+    """Call `say-text` once."""
+
+    piece: Piece
+
+
+@dataclass(frozen=True, slots=True)
+class CallInterrupt:
+    """Call `interrupt` once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Close:
+    """Call `end` once; after the `last_attempt` the session is forgotten, whatever the answer."""
+
+    last_attempt: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Nothing to do before that time, unless something is offered."""
+
+    until: float
+
+
+Call = Open | Attach | InitClient | Say | CallInterrupt | Close
+Work = Call | Wait
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What has ended, in order, and what is to be done; no work: the lane is idle."""
+
+    conclusions: tuple[Conclusion, ...]
+    work: Work | None

@@ -1,0 +1,168 @@
+"""The desk where calls on avatar sessions are made, for the lanes and for the keeper.
+
+One call at a time per conversation: whoever calls takes the conversation's *line* first. What is in `held` is ours by
+lease; the store has it too, and catches up at the next renewal if it was out of reach.
+"""
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+
+import structlog
+
+from worker.core.model import CallKind, CallResult, Session, Viewer
+from worker.core.work import Attach, Call, CallInterrupt, Close, InitClient, Open, Say
+from worker.ops import logs
+from worker.ports import AvatarApi, Clock, Held, SessionStore
+
+_log = structlog.stdlib.get_logger(__name__)
+
+LEASE_S = 15.0
+"""A worker that is silent for so long has lost its sessions to whoever adopts them; short of two keep-alives."""
+
+_ENDS_SESSION = (CallKind.OK, CallKind.GONE, CallKind.REFUSED, CallKind.DENIED)
+
+
+@dataclass(slots=True)
+class Lease:
+    """A session held by this worker: `last_success` of a call, `until` when the lease runs, `noted` by the store."""
+
+    held: Held
+    last_success: float
+    until: float
+    noted: bool = True
+
+
+class Desk:
+    """Makes the calls that lanes ask for, and knows the sessions this worker holds."""
+
+    def __init__(self, api: AvatarApi, store: SessionStore, owner: str, clock: Clock) -> None:
+        self.api = api
+        self.store = store
+        self.owner = owner
+        self.leases: dict[str, Lease] = {}
+        self._clock = clock
+        self._lines: dict[str, asyncio.Lock] = {}
+        self._users: Counter[str] = Counter()
+
+    async def recall(self, conversation_id: str) -> Session | None:
+        """The session of a conversation this worker begins to serve; ours from now on, whoever held it before."""
+        held = await self.store.take(conversation_id, self.owner, self._clock() + LEASE_S)
+        if held is None:
+            self.leases.pop(conversation_id, None)
+            return None
+        known = self.leases.get(conversation_id)
+        self.hold(held, last_success=known.last_success if known else 0.0)
+        self.use(conversation_id)
+        return held.session
+
+    async def carry_out(self, conversation_id: str, call: Call) -> tuple[CallResult, Session | Viewer | None]:
+        """Make one call, when the line is free; returns what came of it, and what it brought."""
+        async with self.line(conversation_id):
+            result, got = await self._call(conversation_id, call)
+        if result.kind is CallKind.OK:
+            self.use(conversation_id)
+        elif result.kind is not CallKind.STALE:
+            level = "warning" if result.kind in (CallKind.NOT_TAKEN, CallKind.UNKNOWN) else "error"
+            getattr(_log, level)(
+                logs.CALL_FAILED,
+                conversation_id=conversation_id,
+                call=type(call).__name__,
+                outcome=str(result.kind),
+                status=result.status,
+                error=result.error,
+            )
+        return result, got
+
+    async def _call(self, conversation_id: str, call: Call) -> tuple[CallResult, Session | Viewer | None]:
+        match call:
+            case Open():
+                result, session = await self.api.create(call)
+                if session is not None:
+                    await self.keep(conversation_id, session)
+                return result, session
+            case Attach():
+                await self.keep(conversation_id, call.session)
+                return CallResult(CallKind.OK), call.session
+            case _:
+                lease = self.leases.get(conversation_id)
+                if lease is None:
+                    return CallResult(CallKind.STALE), None
+                result, viewer = await self._call_on(conversation_id, lease.held.session, call)
+                if result.kind is CallKind.GONE:
+                    await self.drop(conversation_id)
+                return result, viewer
+
+    async def _call_on(
+        self, conversation_id: str, session: Session, call: Say | CallInterrupt | InitClient | Close
+    ) -> tuple[CallResult, Viewer | None]:
+        match call:
+            case Say():
+                return await self.api.say(session, call.piece), None
+            case CallInterrupt():
+                return await self.api.interrupt(session), None
+            case InitClient():
+                result, viewer = await self.api.init_client(session)
+                if viewer is not None:
+                    await self.keep(conversation_id, replace(session, viewer=viewer))
+                return result, viewer
+            case Close():
+                result = await self.api.end(session)
+                if result.kind in _ENDS_SESSION or call.last_attempt:
+                    await self.drop(conversation_id)
+                return result, None
+
+    # What is held.
+
+    async def keep(self, conversation_id: str, session: Session) -> None:
+        """Hold a session, new or changed. If the store is out of reach, the next renewal tells it."""
+        now = self._clock()
+        held = Held(conversation_id, session, now)
+        self.hold(held, last_success=now)
+        try:
+            await self.store.put(held, self.owner, now + LEASE_S)
+        except Exception as error:  # noqa: BLE001 - the store's trouble must not cost a session that exists
+            self.leases[conversation_id].noted = False
+            _log.error(logs.STORE_FAILED, conversation_id=conversation_id, error=str(error))
+
+    async def drop(self, conversation_id: str) -> bool:
+        """Let go of a session that ends. False: it was not ours any more."""
+        lease = self.leases.pop(conversation_id, None)
+        try:
+            return lease is not None and await self.store.remove(lease.held, self.owner)
+        except Exception as error:  # noqa: BLE001 - a row too many is found out at its next use
+            _log.error(logs.STORE_FAILED, conversation_id=conversation_id, error=str(error))
+            return True
+
+    def hold(self, held: Held, *, last_success: float) -> None:
+        """Note a session as ours, as the store has it."""
+        self.leases[held.conversation_id] = Lease(held, last_success, self._clock() + LEASE_S)
+
+    def use(self, conversation_id: str) -> None:
+        """A command used the session: it is not idle, and needs no keep-alive for a while."""
+        lease = self.leases.get(conversation_id)
+        if lease is not None:
+            now = self._clock()
+            lease.held = replace(lease.held, last_used=now)
+            lease.last_success = now
+
+    # One call at a time.
+
+    @asynccontextmanager
+    async def line(self, conversation_id: str) -> AsyncIterator[None]:
+        """Held by whoever makes a call for the conversation."""
+        lock = self._lines.setdefault(conversation_id, asyncio.Lock())
+        self._users[conversation_id] += 1
+        try:
+            async with lock:
+                yield
+        finally:
+            self._users[conversation_id] -= 1
+            if not self._users[conversation_id]:
+                del self._users[conversation_id], self._lines[conversation_id]
+
+    def in_use(self, conversation_id: str) -> bool:
+        """Whether somebody calls for the conversation, or waits to."""
+        return conversation_id in self._lines

@@ -1,0 +1,113 @@
+"""All conversations this worker serves: the one place that starts and ends their runners."""
+
+import asyncio
+import contextvars
+from collections.abc import Callable
+
+from worker.core import verdict
+from worker.core.lane import Lane
+from worker.core.memory import Memory
+from worker.core.model import Entry, Misfit
+from worker.core.work import Rules
+from worker.flow.desk import Desk
+from worker.flow.runner import Runner
+from worker.flow.settler import Settler
+from worker.ports import Clock
+
+PRUNE_S = 60.0
+REMEMBERED = 200_000
+"""Ended commands remembered in all: what a worker forgets beyond that would be spoken again if it were sent again."""
+
+
+class Lanes:
+    """Routes what is delivered to the runner of its conversation, by a plain call: no await between broker and lane."""
+
+    def __init__(self, rules: Rules, desk: Desk, settler: Settler, clock: Clock, *, keep_s: float) -> None:
+        self._rules = rules
+        self._desk = desk
+        self._settler = settler
+        self._clock = clock
+        self._keep_s = keep_s
+        self._runners: dict[str, Runner] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._memories: dict[str, Memory] = {}
+        self._stopping = False
+
+    def offer(self, entry: Entry) -> None:
+        """Take a command. While stopping it is left alone: unacknowledged, it goes to another worker."""
+        if self._stopping:
+            return
+        conversation_id = entry.command.conversation_id
+        runner = self._runners.get(conversation_id)
+        if runner is None:
+            runner = self._start(conversation_id)
+        runner.offer(entry)
+
+    def reject(self, misfit: Misfit) -> None:
+        """Take a message that is no command."""
+        self._settler.submit([verdict.rejected(misfit)])
+
+    def forget(self, is_gone: Callable[[Entry], bool]) -> None:
+        """The connection these came through is lost: they will be delivered again."""
+        for runner in self._runners.values():
+            runner.forget(is_gone)
+
+    def is_served(self, conversation_id: str) -> bool:
+        """Whether the conversation has something to do here."""
+        return conversation_id in self._runners
+
+    async def stop(self) -> None:
+        """Begin nothing new; return when what was under way has ended and is settled."""
+        self._stopping = True
+        for runner in self._runners.values():
+            runner.stop()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+        await self._settler.drain()
+
+    async def abandon(self) -> None:
+        """Stop at once. What was under way is not recorded, and delivered again."""
+        self._stopping = True
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+        await self._settler.abandon()
+
+    async def prune(self) -> None:
+        """Forget, every minute, what is older than anybody may rely on."""
+        while True:
+            await asyncio.sleep(PRUNE_S)
+            self._prune(self._clock() - self._keep_s)
+
+    def _prune(self, before: float) -> None:
+        for conversation_id, memory in list(self._memories.items()):
+            memory.prune(before)
+            if not memory.ended and not memory.turns and conversation_id not in self._runners:
+                del self._memories[conversation_id]
+        surplus = sum(len(memory.ended) for memory in self._memories.values()) - REMEMBERED
+        for memory in self._memories.values():
+            if surplus <= 0:
+                break
+            oldest = list(memory.ended)[:surplus]
+            for message_id in oldest:
+                del memory.ended[message_id]
+            surplus -= len(oldest)
+
+    def _start(self, conversation_id: str) -> Runner:
+        memory = self._memories.setdefault(conversation_id, Memory())
+        lane = Lane(conversation_id, self._rules, memory)
+        runner = Runner(conversation_id, lane, self._desk, self._settler, self._clock)
+        self._runners[conversation_id] = runner
+        # A context of its own: the log context of the delivery that happened to come first is not for the others.
+        task = asyncio.create_task(self._serve(conversation_id, runner), context=contextvars.Context())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return runner
+
+    async def _serve(self, conversation_id: str, runner: Runner) -> None:
+        try:
+            await runner.run()
+        finally:
+            # No await between the runner's last look and this: a later command finds no runner, and starts one.
+            del self._runners[conversation_id]

@@ -1,0 +1,83 @@
+"""Carries out conclusions, in order per conversation. THE ORDER OF LINES IS THE GUARANTEE (`_carry_out`).
+
+The only caller of `Delivery.settle`. Speech does not wait for it: a listener cannot stop speech.
+"""
+
+import asyncio
+import contextvars
+from collections import deque
+from collections.abc import Iterable
+
+import structlog
+
+from worker.core.model import Entry
+from worker.core.verdict import Conclusion
+from worker.ops import logs
+from worker.ports import Delivery, Outbox
+
+_log = structlog.stdlib.get_logger(__name__)
+
+
+class Settler:
+    """One queue of conclusions per conversation, each emptied by a task that ends with it."""
+
+    def __init__(self, outbox: Outbox) -> None:
+        self._outbox = outbox
+        self._queues: dict[str, deque[Conclusion]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def submit(self, conclusions: Iterable[Conclusion]) -> None:
+        """Carry these out after all that was submitted for the same conversation before."""
+        for conclusion in conclusions:
+            subject = conclusion.event.subject
+            queue = self._queues.get(subject)
+            if queue is not None:
+                queue.append(conclusion)
+                continue
+            self._queues[subject] = deque([conclusion])
+            # A context of its own: the log context of the delivery that happened to come first is not for the others.
+            task = asyncio.create_task(self._empty(subject), context=contextvars.Context())
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def drain(self) -> None:
+        """Return when all that was submitted is carried out."""
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+
+    async def abandon(self) -> None:
+        """Stop at once; what was not carried out is delivered again."""
+        for task in self._tasks:
+            task.cancel()
+        await self.drain()
+
+    async def _empty(self, subject: str) -> None:
+        queue = self._queues[subject]
+        try:
+            while queue:
+                await self._carry_out(queue[0])
+                queue.popleft()
+        finally:
+            del self._queues[subject]
+
+    async def _carry_out(self, conclusion: Conclusion) -> None:
+        event = conclusion.event
+        try:
+            if conclusion.parked is not None:
+                for entry in conclusion.entries:
+                    await self._outbox.park(_delivery(entry.delivery), conclusion.parked)
+            await self._outbox.tell(event)
+            if conclusion.answer is not None:
+                for entry in conclusion.entries:
+                    if isinstance(entry, Entry) and entry.reply_to is not None:
+                        await self._outbox.answer(entry.reply_to, conclusion.answer.payload)
+            for entry in conclusion.entries:
+                await _delivery(entry.delivery).settle()
+        except Exception:  # noqa: BLE001 - one conversation's trouble must not stop the task of another
+            # Not acknowledged, so not lost: it comes again with the next connection, and ends as it ended here.
+            _log.exception(logs.SETTLE_FAILED, conversation_id=event.subject, event_type=event.type)
+
+
+def _delivery(handle: object) -> Delivery:
+    assert isinstance(handle, Delivery)
+    return handle

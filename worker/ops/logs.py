@@ -1,0 +1,87 @@
+"""Logging: structlog to the console on a terminal, else JSON lines. Names of log events are constants here.
+
+Never logged: the Kaltura Session, tokens, TURN credentials, speech text, bodies.
+"""
+
+import logging
+import re
+import sys
+from collections.abc import MutableMapping
+from typing import Any, Literal
+
+import structlog
+
+WORKER_STARTING = "worker_starting"
+WORKER_READY = "worker_ready"
+WORKER_STOPPING = "worker_stopping"
+WORKER_STOPPED = "worker_stopped"
+BROKER_CONNECTED = "broker_connected"
+BROKER_LOST = "broker_lost"
+DELIVERIES_FORGOTTEN = "deliveries_forgotten"
+DELIVERY_UNREADABLE = "delivery_unreadable"
+TIMESTAMP_IGNORED = "timestamp_ignored"
+COMMAND_PARKED = "command_parked"
+EVENT_LET_GO = "event_let_go"
+PARKING_FAILED = "parking_failed"
+ANSWER_FAILED = "answer_failed"
+CALL_FAILED = "call_failed"
+LANE_CRASHED = "lane_crashed"
+SETTLE_FAILED = "settle_failed"
+STORE_FAILED = "store_failed"
+SESSION_OPENED = "session_opened"
+SESSION_ENDED = "session_ended"
+SESSION_ADOPTED = "session_adopted"
+SESSION_LOST = "session_lost"
+
+_SECRETS = re.compile(r"(?i)\b(bearer|ks)\s+[\w.~+/=|-]{8,}|(?<=://)[^/@\s:]*:[^/@\s]*(?=@)")
+
+
+def redacted(text: str) -> str:
+    """The text without what looks like a credential: a last line of defence for other people's error texts."""
+    return _SECRETS.sub("[redacted]", text)
+
+
+def configure(level: str, log_format: Literal["auto", "console", "json"]) -> None:
+    """Set up logging for the process, the libraries' logs included (warnings and worse, as they speak a lot)."""
+    console = log_format == "console" or (log_format == "auto" and sys.stderr.isatty())
+    shared: list[Any] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.stdlib.add_log_level,
+        structlog.stdlib.add_logger_name,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        structlog.processors.StackInfoRenderer(),
+    ]
+    renderers: list[Any]
+    if console:
+        renderers = [structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)]
+    else:
+        renderers = [structlog.processors.format_exc_info, structlog.processors.JSONRenderer(ensure_ascii=False)]
+    formatter = structlog.stdlib.ProcessorFormatter(
+        foreign_pre_chain=shared,
+        processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, _redact, *renderers],
+    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(formatter)
+    root = logging.getLogger()
+    root.handlers = [handler]
+    root.setLevel(logging.WARNING)
+    logging.getLogger("worker").setLevel(level.upper())
+    # The link tells of losses itself, once and with the remedy.
+    logging.getLogger("aiormq.connection").setLevel(logging.CRITICAL)
+    structlog.configure(
+        processors=[
+            structlog.stdlib.filter_by_level,
+            *shared,
+            structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
+        ],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        wrapper_class=structlog.stdlib.BoundLogger,
+        cache_logger_on_first_use=True,
+    )
+
+
+def _redact(_logger: object, _name: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    for key, value in event.items():
+        if isinstance(value, str):
+            event[key] = redacted(value)
+    return event

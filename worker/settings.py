@@ -1,0 +1,166 @@
+"""All settings, from the environment and `.env` (contract, section 5). Times carry their unit in the name."""
+
+import json
+import os
+import socket
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+from urllib.parse import urlsplit
+
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from schemas.routes import MAX_PARTITIONS
+from worker.core.work import Rules
+from worker.errors import ConfigurationError
+
+_S = TypeVar("_S", bound="BrokerSettings")
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Timeout = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class BrokerSettings(BaseSettings):
+    """What it takes to talk to the broker; enough for the commands that look at it."""
+
+    model_config = SettingsConfigDict(
+        env_file=".env", extra="ignore", frozen=True, env_ignore_empty=True, hide_input_in_errors=True
+    )
+
+    amqp_url: SecretStr = SecretStr("amqp://guest:guest@127.0.0.1:5672/")
+    heartbeat_s: Annotated[int, Field(ge=1, le=600)] = 10
+    partitions: Annotated[int, Field(ge=1, le=MAX_PARTITIONS)] = 1
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["auto", "console", "json"] = "auto"
+
+    @field_validator("amqp_url")
+    @classmethod
+    def _is_amqp(cls, value: SecretStr) -> SecretStr:
+        _demand_url(value.get_secret_value(), ("amqp", "amqps"))
+        return value
+
+    @field_validator("log_level", mode="before")
+    @classmethod
+    def _any_case(cls, value: object) -> object:
+        return value.lower() if isinstance(value, str) else value
+
+
+class Settings(BrokerSettings):
+    """Everything `worker run` needs."""
+
+    prefetch: Annotated[int, Field(ge=1, le=65535)] = 2000
+    """Unacknowledged commands a partition may hold here; the same for the whole fleet."""
+    event_source: Annotated[str, Field(min_length=1)] = "avatar-worker"
+    event_retry_s: Seconds = 30
+    worker_name: Annotated[str, Field(min_length=1, max_length=128)] = Field(
+        default_factory=lambda: f"{socket.gethostname()}-{os.getpid()}"
+    )
+
+    avatar_base_url: str = "https://api.avatar.us.kaltura.ai/v1/avatar-session"
+    avatar_ks: SecretStr | None = None
+    avatar_ks_file: Path | None = None
+    avatar_id: str | None = None
+    voice_id: str | None = None
+    avatar_create_path: str = "/create"
+    avatar_id_field: Annotated[str, Field(min_length=1)] = "avatarId"
+    avatar_create_extra: Annotated[dict[str, Any], NoDecode] = Field(default_factory=dict)
+    """More fields for the create call, as a JSON object; objects are merged with ours."""
+    avatar_timeout_s: Timeout = 10
+    avatar_create_timeout_s: Timeout = 20
+    interrupt_timeout_s: Timeout = 2
+
+    store_url: str = "sqlite:///avatar-worker.db"
+
+    speech_shaping: Literal["sentences", "off"] = "sentences"
+    speech_max_age_s: Seconds = 120
+    ambiguous_say: Literal["repeat", "skip"] = "repeat"
+    ambiguous_wait_ms: Annotated[int, Field(ge=0)] = 2000
+    ledger_keep_s: Timeout = 86400
+
+    session_idle_s: Timeout = 300
+    session_wait_s: Seconds = 10
+    session_end_wait_s: Seconds = 30
+    keep_alive_s: Timeout = 10
+
+    drain_timeout_s: Seconds = 25
+    ops_host: str = "0.0.0.0"  # noqa: S104 - probes come from outside the container
+    ops_port: Annotated[int, Field(ge=0, le=65535)] = 8081
+
+    @field_validator("avatar_create_extra", mode="before")
+    @classmethod
+    def _is_json_object(cls, value: object) -> object:
+        if isinstance(value, str):
+            try:
+                value = json.loads(value)
+            except ValueError:
+                value = None
+        if not isinstance(value, dict):
+            raise ValueError('must be a JSON object, e.g. {"clientId": "shop"}')
+        return value
+
+    @field_validator("avatar_base_url")
+    @classmethod
+    def _is_http(cls, value: str) -> str:
+        _demand_url(value, ("http", "https"))
+        return value.rstrip("/")
+
+    @field_validator("avatar_create_path")
+    @classmethod
+    def _is_path(cls, value: str) -> str:
+        if value and not value.startswith("/"):
+            raise ValueError("must begin with / (or be empty: create is then posted to the base itself)")
+        return value
+
+    @field_validator("store_url")
+    @classmethod
+    def _is_sqlite(cls, value: str) -> str:
+        if value != "sqlite://" and not value.startswith("sqlite:///"):
+            raise ValueError("must be sqlite:///FILE (or sqlite:// for memory); no other store is supported yet")
+        return value
+
+    @model_validator(mode="after")
+    def _has_credentials(self) -> Self:
+        if self.avatar_ks is None and self.avatar_ks_file is None:
+            raise ValueError("AVATAR_KS: missing; set it to a Kaltura Session, or AVATAR_KS_FILE to a file with one")
+        return self
+
+    @property
+    def rules(self) -> Rules:
+        """The settings the core knows."""
+        return Rules(
+            shaping=self.speech_shaping,
+            max_age_s=self.speech_max_age_s,
+            ambiguous=self.ambiguous_say,
+            ambiguous_wait_s=self.ambiguous_wait_ms / 1000,
+            session_wait_s=self.session_wait_s,
+            session_end_wait_s=self.session_end_wait_s,
+            default_avatar=self.avatar_id,
+            default_voice=self.voice_id,
+        )
+
+
+def load(kind: type[_S]) -> _S:
+    """Read the settings.
+
+    Raises:
+        ConfigurationError: one line per setting that is missing or wrong, without its value.
+    """
+    try:
+        return kind()
+    except ValidationError as error:
+        details = error.errors(include_url=False, include_context=False, include_input=False)
+        lines = [
+            f"{'_'.join(map(str, detail['loc'][:1])).upper()}: {detail['msg']}".removeprefix(": ") for detail in details
+        ]
+        text = "\n".join(line.replace("Value error, ", "") for line in lines)
+        raise ConfigurationError(f"wrong or missing settings:\n{text}") from None
+
+
+def _demand_url(value: str, schemes: tuple[str, ...]) -> None:
+    wrong = ValueError(f"must be a URL like {schemes[0]}://host:port/")
+    try:
+        parts = urlsplit(value)
+        parts.port  # noqa: B018 - reading it is what checks it
+    except ValueError:
+        raise wrong from None
+    if parts.scheme not in schemes or not parts.hostname:
+        raise wrong

@@ -1,0 +1,1 @@
+"""Where sessions are kept: adapters of `ports.SessionStore`."""
