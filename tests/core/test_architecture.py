@@ -31,7 +31,8 @@ MAY_IMPORT = {
     **dict.fromkeys(OUTER, INNER | NAMES),
     "worker.local": {"schemas"},
     "worker.app": {*INNER, *OUTER, "worker.settings"},
-    "worker.cli": {*INNER, *OUTER, "worker.settings", "worker.app", "worker.local"},
+    "worker.operate": {*INNER, *OUTER, "worker.settings"},
+    "worker.cli": {*INNER, *OUTER, "worker.settings", "worker.app", "worker.operate", "worker.local"},
     "worker.__main__": {"worker.cli"},
 }
 

@@ -160,8 +160,9 @@ def read(delivery: AmqpDelivery) -> Entry | Misfit:
     traceparent = headers.get("traceparent")
     if not isinstance(traceparent, str) or not _TRACEPARENT.fullmatch(traceparent):
         traceparent = None
+    reply_to = _reply_to(properties.reply_to, properties.correlation_id, headers.get("reply-timeout-ms"))
     if isinstance(command, Malformed):
-        return Misfit(command, key, delivery, printable(routing_key)[:255], message_id, traceparent)
+        return Misfit(command, key, delivery, printable(routing_key)[:255], message_id, traceparent, reply_to)
     return Entry(
         command=command,
         key=key,
@@ -171,7 +172,7 @@ def read(delivery: AmqpDelivery) -> Entry | Misfit:
         fingerprint=hashlib.blake2b(bytes(message.body), digest_size=16).digest(),
         redelivered=bool(delivery.delivered.redelivered),
         traceparent=traceparent,
-        reply_to=_reply_to(properties.reply_to, properties.correlation_id, headers.get("reply-timeout-ms")),
+        reply_to=reply_to,
     )
 
 

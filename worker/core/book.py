@@ -7,7 +7,7 @@ from itertools import takewhile
 from schemas.commands import Speak
 from worker.core import verdict
 from worker.core.memory import Ended, Memory
-from worker.core.model import Entry, speak_of
+from worker.core.model import Entry, Session, speak_of
 from worker.core.verdict import Conclusion
 
 
@@ -78,13 +78,13 @@ class Book:
                     assert conclusion.event is not None
                     self.memory.ended[entry.message_id] = Ended(entry.fingerprint, conclusion.event, now)
 
-    def repeat(self, entry: Entry) -> None:
+    def repeat(self, entry: Entry, session: Session | None) -> None:
         """End a known entry: as its command ended, or as rejected if the body is another one."""
         assert entry.message_id is not None
         ended = self.memory.ended[entry.message_id]
         self._leave(entry)
         if ended.fingerprint == entry.fingerprint:
-            self._out.append(verdict.repeated(ended.event, entry))
+            self._out.append(verdict.repeated(ended.event, entry, session))
         else:
             self._out.append(verdict.message_id_reused(self.conversation_id, entry))
 

@@ -134,7 +134,7 @@ class Lane:
             head = self._book.head
             if self._book.known(head) and self._speech.piece is None:
                 self._silenced.pop(head, None)
-                self._book.repeat(head)
+                self._book.repeat(head, self._sessions.session)
                 continue
             work = self._plan_head(head, now)
             if work is not None:

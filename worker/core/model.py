@@ -44,6 +44,7 @@ class Misfit:
     routing_key: str
     message_id: str | None = None
     traceparent: str | None = None
+    reply_to: ReplyTo | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,9 +71,9 @@ def _trace(entries: Sequence[Entry]) -> str | None:
     return next((entry.traceparent for entry in entries if entry.traceparent is not None), None)
 
 
-def repeated(event: Event, entry: Entry) -> Conclusion:
-    """The command has ended before: tell it again under the same id."""
-    return Conclusion(event, (entry,))
+def repeated(event: Event, entry: Entry, session: Session | None) -> Conclusion:
+    """The command has ended before: tell it again under the same id, and hand the live session over again."""
+    return Conclusion(event, (entry,), answer=_hand_off(session, entry) if session else None)
 
 
 def accepted(conversation_id: str, piece: Piece, *, attempts: int, latency_ms: int, repeated: bool) -> Conclusion:
@@ -143,7 +143,8 @@ def _rejected(
     # The reason is part of the key: one id may end as spoken under one body and as rejected under another.
     event = Event(conversation_id, data, f"{reason}\n{message.key}", message.traceparent)
     error = "; ".join(f"{error.field}: {error.rule}" for error in errors)
-    return Conclusion(event, (message,), Parked(reason, error))
+    answer = Answer({"error": f"{reason}: {error}"}) if message.reply_to else None
+    return Conclusion(event, (message,), Parked(reason, error), answer)
 
 
 def turn_started(conversation_id: str, piece: Piece) -> Conclusion:
@@ -197,8 +198,9 @@ def _hand_off(session: Session, entry: Entry | None) -> Answer | None:
         return None
     if entry.command.handoff == "token":
         return Answer({"sessionId": session.session_id, "token": session.token})
-    assert session.viewer is not None
     viewer = session.viewer
+    if viewer is None:
+        return None
     return Answer({"sessionId": session.session_id, "whepUrl": viewer.whep_url, "turn": viewer.turn})
 
 

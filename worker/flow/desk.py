@@ -54,8 +54,7 @@ class Desk:
             self.leases.pop(conversation_id, None)
             return None
         known = self.leases.get(conversation_id)
-        self.hold(held, last_success=known.last_success if known else 0.0)
-        self.use(conversation_id)
+        self.hold(replace(held, last_used=self._clock()), last_success=known.last_success if known else 0.0)
         return held.session
 
     async def carry_out(self, conversation_id: str, call: Call) -> tuple[CallResult, Session | Viewer | None]:

@@ -22,6 +22,7 @@ _log = structlog.stdlib.get_logger(__name__)
 
 PAUSE_S = 1.0
 LONGEST_PAUSE_S = 30.0
+LINGER_S = 2.0
 
 
 class Runner:
@@ -72,7 +73,11 @@ class Runner:
             step = self._lane.next(self._clock())
             self._settler.submit(step.conclusions)
             if step.work is None:
-                return
+                # A stream's next token comes soon; starting anew for each would ask the store each time.
+                await _before(self._wake, LINGER_S)
+                if not len(self._lane):
+                    return
+                continue
             if isinstance(step.work, Wait):
                 await _before(self._wake, step.work.until - self._clock())
                 continue

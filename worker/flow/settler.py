@@ -10,7 +10,6 @@ from collections.abc import Iterable
 
 import structlog
 
-from worker.core.model import Entry
 from worker.core.verdict import Conclusion
 from worker.ops import logs
 from worker.ports import Delivery, Outbox
@@ -69,7 +68,7 @@ class Settler:
             await self._outbox.tell(event)
             if conclusion.answer is not None:
                 for entry in conclusion.entries:
-                    if isinstance(entry, Entry) and entry.reply_to is not None:
+                    if entry.reply_to is not None:
                         await self._outbox.answer(entry.reply_to, conclusion.answer.payload)
             for entry in conclusion.entries:
                 await _delivery(entry.delivery).settle()
