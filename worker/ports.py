@@ -81,7 +81,7 @@ class SessionStore(Protocol):
     """
 
     async def identity(self) -> str:
-        """An id made when the store was, so that workers can tell whether they share one."""
+        """An id made with the store, to tell whether workers share one; `memory` for any store in memory."""
 
     async def take(self, conversation_id: str, owner: str, until: float) -> Held | None:
         """The conversation's session, if there is one; it is held by `owner` from now on, whoever held it before."""

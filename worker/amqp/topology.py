@@ -11,7 +11,7 @@ first worker writes it down, with the id of the store that all workers must shar
 
 import asyncio
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from aio_pika import DeliveryMode, Message
 from aio_pika.abc import AbstractChannel, AbstractConnection
@@ -23,6 +23,9 @@ from schemas import routes
 from worker.errors import LinkLost, TopologyError
 
 QueueMissing = ChannelNotFoundEntity
+
+IN_MEMORY = "memory"
+"""The id of every store in memory: it need not be the same after a restart, since nothing is left of it."""
 
 HASH = "avatar.commands.v1.hash"
 HASH_TYPE = "x-modulus-hash"
@@ -140,20 +143,21 @@ async def _lock(channel: AbstractChannel) -> None:
 
 
 async def _agree(connection: AbstractConnection, wanted: Record) -> Record:
-    """The record on the broker; `wanted` becomes it where there is none."""
+    """The record on the broker; `wanted` becomes it where there are no partitions yet to be of another mind."""
     async with connection.channel() as channel:
         queue = await channel.declare_queue(RECORD, durable=True, arguments=_KEPT)
-        found = await queue.get(fail=False)
         there = await _count_partitions(connection)
+        found = await queue.get(fail=False)
         tries = _RECORD_TRIES if there else 0
         while found is None and tries:
             tries -= 1
             await asyncio.sleep(_RECORD_PAUSE_S)
             found = await queue.get(fail=False)
-        if found is not None:
-            record = Record(**json.loads(found.body))
-        else:
-            record = Record(there or wanted.partitions, wanted.store_id)
+        record = Record(there or wanted.partitions, wanted.store_id)
+        if there and found is not None:
+            written = Record(**json.loads(found.body))
+            # A store in memory went with its worker: whoever comes next knows as much as it did.
+            record = replace(written, store_id=record.store_id) if written.store_id == IN_MEMORY else written
         # Put back before it is taken: there is a record at any time, and twice the same does no harm.
         message = Message(json.dumps(asdict(record)).encode(), delivery_mode=DeliveryMode.PERSISTENT)
         await channel.default_exchange.publish(message, RECORD)

@@ -18,6 +18,7 @@ from worker.errors import ConfigurationError
 from worker.ports import Held
 
 SCHEMA_VERSION = "1"
+IN_MEMORY = "sqlite://"
 
 _metadata = sa.MetaData()
 _facts = sa.Table(
@@ -63,7 +64,7 @@ class SqlStore:
             async with store._writing() as connection:
                 await connection.run_sync(_metadata.create_all)
                 await connection.execute(_add_fact("schema_version", SCHEMA_VERSION))
-                await connection.execute(_add_fact("store_id", uuid.uuid4().hex))
+                await connection.execute(_add_fact("store_id", "memory" if url == IN_MEMORY else uuid.uuid4().hex))
             version = await store._fact("schema_version")
         except sa.exc.DBAPIError as error:
             await engine.dispose()
@@ -159,7 +160,7 @@ class SqlStore:
 def _engine(url: str) -> AsyncEngine:
     driver_url = url.replace("sqlite://", "sqlite+aiosqlite://", 1)
     options: dict[str, Any] = {"connect_args": {"timeout": 30}, "isolation_level": "AUTOCOMMIT"}
-    if url == "sqlite://":
+    if url == IN_MEMORY:
         return create_async_engine(driver_url, poolclass=StaticPool, **options)
     path = Path(url.removeprefix("sqlite:///"))
     try:
