@@ -43,19 +43,28 @@ class Ended:
 
 @dataclass(slots=True)
 class Memory:
-    """The memory of one conversation. `spoken`: characters of a chunk that left in earlier pieces, by entry key."""
+    """The memory of one conversation.
+
+    `spoken`: characters of a chunk that left in earlier pieces, by entry key. `heard_last`: the turn whose text the API
+    took last, with those whose text it may have taken since.
+    """
 
     turns: dict[str, Turn] = field(default_factory=dict)
     ended: dict[str, Ended] = field(default_factory=dict)
     spoken: dict[str, int] = field(default_factory=dict)
     playing_until: float = 0.0
-    last_turn: str | None = None
+    heard_last: frozenset[str] = frozenset()
 
     def turn(self, turn_id: str, now: float) -> Turn:
         """The turn, new if it was never heard of."""
         turn = self.turns.setdefault(turn_id, Turn())
         turn.touched = now
         return turn
+
+    def is_silent(self, turn_id: str) -> bool:
+        """Whether chunks of that turn are not spoken."""
+        turn = self.turns.get(turn_id)
+        return turn is not None and turn.silent
 
     def open_turns(self) -> Iterator[str]:
         """Turns that were begun and neither closed nor silenced."""

@@ -73,7 +73,7 @@ class SessionPlan:
 
     def _close(self, reason: EndReason, now: float) -> Close | Wait:
         memory = self._book.memory
-        if self._retiring is None:
+        if self._retiring is not reason:
             self._retiring = reason
             memory.playing_until = min(memory.playing_until, now + self._rules.session_end_wait_s)
         if memory.playing_until > now:
@@ -86,8 +86,6 @@ class SessionPlan:
         """A create was answered, or not."""
         for_speech = isinstance(self._book.head.command, Speak)
         waited_enough = now - self._attempts.first >= self._rules.session_wait_s
-        if result.kind is CallKind.UNKNOWN:
-            self._attempts.lost(self._rules.ambiguous_wait_s)
         match result.kind:
             case CallKind.OK:
                 self.session = session

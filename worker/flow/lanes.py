@@ -5,6 +5,7 @@ import contextvars
 from collections.abc import Callable
 
 from worker.core import verdict
+from worker.core.book import Book
 from worker.core.lane import Lane
 from worker.core.memory import Memory
 from worker.core.model import Entry, Misfit
@@ -96,7 +97,7 @@ class Lanes:
 
     def _start(self, conversation_id: str) -> Runner:
         memory = self._memories.setdefault(conversation_id, Memory())
-        lane = Lane(conversation_id, self._rules, memory)
+        lane = Lane(Book(conversation_id, memory), self._rules)
         runner = Runner(conversation_id, lane, self._desk, self._settler, self._clock)
         self._runners[conversation_id] = runner
         # A context of its own: the log context of the delivery that happened to come first is not for the others.

@@ -77,6 +77,8 @@ class Runner:
                 await _before(self._wake, LINGER_S)
                 if not len(self._lane):
                     return
+                if self.conversation_id not in self._desk.leases:
+                    self._lane.begin(await self._desk.recall(self.conversation_id))
                 continue
             if isinstance(step.work, Wait):
                 await _before(self._wake, step.work.until - self._clock())

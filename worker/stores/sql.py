@@ -49,7 +49,8 @@ class SqlStore:
 
     def __init__(self, engine: AsyncEngine) -> None:
         self._engine = engine
-        self._turn_to_write = asyncio.Lock()
+        # Readers take turns too: in memory all share one connection, and giving it back undoes what is half written.
+        self._turn = asyncio.Lock()
 
     @classmethod
     async def open(cls, url: str) -> "SqlStore":
@@ -117,7 +118,7 @@ class SqlStore:
     async def adopt(self, owner: str, now: float, until: float) -> list[Held]:
         """Looks before it locks: mostly there is nothing to adopt."""
         stale = _sessions.c.lease_until < now
-        async with self._engine.connect() as connection:
+        async with self._turn, self._engine.connect() as connection:
             if (await connection.execute(sa.select(sa.exists().where(stale)))).scalar() == 0:
                 return []
         statement = sa.update(_sessions).where(stale).values(owner=owner, lease_until=until).returning(*_sessions.c)
@@ -140,13 +141,13 @@ class SqlStore:
         await self._engine.dispose()
 
     async def _fact(self, name: str) -> str:
-        async with self._engine.connect() as connection:
+        async with self._turn, self._engine.connect() as connection:
             result = await connection.execute(sa.select(_facts.c.value).where(_facts.c.name == name))
             return str(result.scalar_one())
 
     @asynccontextmanager
     async def _writing(self) -> AsyncIterator[AsyncConnection]:
-        async with self._turn_to_write, self._engine.connect() as connection:
+        async with self._turn, self._engine.connect() as connection:
             # A transaction that reads before it writes would fail at once if another worker writes meanwhile.
             await connection.exec_driver_sql("BEGIN IMMEDIATE")
             try:
