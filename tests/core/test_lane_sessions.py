@@ -229,9 +229,7 @@ class TestEnd:
         assert talk.waits() == pytest.approx(20)
         talk.settle()
         assert [type(call) for call in talk.calls] == [Say, Close]
-        assert talk.of("session.ended") == [
-            {"commandIds": [one.message_id], "sessionId": "s1", "reason": "requested"}
-        ]
+        assert talk.of("session.ended") == [{"commandIds": [one.message_id], "sessionId": "s1", "reason": "requested"}]
 
     def test_but_not_longer_than_asked(self) -> None:
         talk = Conversation(replace(RULES, session_end_wait_s=5)).offer(speak("t1", "a" * 1000), end())

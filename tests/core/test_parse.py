@@ -141,7 +141,7 @@ def test_rejected(body: Any, reason: str, field: str) -> None:
 
 
 def test_each_reason_is_covered_by_the_table_above() -> None:
-    (table,) = (mark for mark in test_rejected.pytestmark if mark.name == "parametrize")  # type: ignore[attr-defined]
+    (table,) = (mark for mark in test_rejected.pytestmark if mark.name == "parametrize")
     seen = {reason for _, reason, _ in table.args[1]}
     assert seen == set(RejectReason) - {RejectReason.MESSAGE_ID_REUSED}  # which a lane finds out
 
@@ -196,7 +196,9 @@ _values = st.recursive(
 )
 _objects = st.fixed_dictionaries(
     {"token": st.just(SECRET), "text": st.just(SECRET)},
-    optional={key: _values | st.just(SECRET) for key in ("turnId", "isFinal", "seq", "avatarId", "sessionId", "handoff")}
+    optional={
+        key: _values | st.just(SECRET) for key in ("turnId", "isFinal", "seq", "avatarId", "sessionId", "handoff")
+    }
     | {"type": st.sampled_from(["speak", "interrupt", "session.start", "session.attach", SECRET]) | _values}
     | {"conversationId": st.sampled_from(["c1", "c 1", SECRET]) | _values},
 )

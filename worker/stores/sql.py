@@ -1,12 +1,13 @@
 """The store in SQL, through SQLAlchemy Core: SQLite for the workers of one host, a file they share or memory."""
 
 import asyncio
+import functools
 import json
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.dialects.sqlite import insert
@@ -18,6 +19,7 @@ from worker.errors import ConfigurationError
 from worker.ports import Held
 
 SCHEMA_VERSION = "1"
+_WAL_PAUSES_S = (0.05,) * 100
 IN_MEMORY = "sqlite://"
 
 _metadata = sa.MetaData()
@@ -44,6 +46,23 @@ _sessions = sa.Table(
 )
 
 
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+def _to_the_end(method: Callable[_P, Coroutine[Any, Any, _T]]) -> Callable[_P, Coroutine[Any, Any, _T]]:
+    """What is begun is done, also if its caller is cancelled.
+
+    SQLAlchemy throws away a connection that was in use then, and a store in memory with it.
+    """
+
+    @functools.wraps(method)
+    async def shielded(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        return await asyncio.shield(method(*args, **kwargs))
+
+    return shielded
+
+
 class SqlStore:
     """`ports.SessionStore` over an SQLAlchemy engine. The file holds tokens: only its owner may read it."""
 
@@ -62,6 +81,7 @@ class SqlStore:
         engine = _engine(url)
         store = cls(engine)
         try:
+            await store._log_ahead()
             async with store._writing() as connection:
                 await connection.run_sync(_metadata.create_all)
                 await connection.execute(_add_fact("schema_version", SCHEMA_VERSION))
@@ -79,6 +99,7 @@ class SqlStore:
         """See `ports.SessionStore`, here and below."""
         return await self._fact("store_id")
 
+    @_to_the_end
     async def take(self, conversation_id: str, owner: str, until: float) -> Held | None:
         """One statement, so that two takers cannot both win."""
         row = (
@@ -91,6 +112,7 @@ class SqlStore:
             found = (await connection.execute(row)).one_or_none()
         return None if found is None else _held(found)
 
+    @_to_the_end
     async def put(self, held: Held, owner: str, until: float) -> None:
         """Insert or replace."""
         values = _values(held) | {"owner": owner, "lease_until": until}
@@ -99,6 +121,7 @@ class SqlStore:
         async with self._writing() as connection:
             await connection.execute(statement)
 
+    @_to_the_end
     async def renew(self, held: Mapping[str, Held], owner: str, until: float) -> set[str]:
         """All in one transaction."""
         lost: set[str] = set()
@@ -115,6 +138,7 @@ class SqlStore:
                     lost.add(conversation_id)
         return lost
 
+    @_to_the_end
     async def adopt(self, owner: str, now: float, until: float) -> list[Held]:
         """Looks before it locks: mostly there is nothing to adopt."""
         stale = _sessions.c.lease_until < now
@@ -125,20 +149,37 @@ class SqlStore:
         async with self._writing() as connection:
             return [_held(row) for row in await connection.execute(statement)]
 
+    @_to_the_end
     async def remove(self, held: Held, owner: str) -> bool:
         """Compare and delete."""
         async with self._writing() as connection:
             result = await connection.execute(sa.delete(_sessions).where(*_is_held(held, owner)))
         return bool(result.rowcount)
 
+    @_to_the_end
     async def release(self, owner: str) -> None:
         """The leases run out at once."""
         async with self._writing() as connection:
             await connection.execute(sa.update(_sessions).where(_sessions.c.owner == owner).values(lease_until=0))
 
     async def close(self) -> None:
-        """Close the connections."""
-        await self._engine.dispose()
+        """Close the connections, after what has been begun."""
+        async with self._turn:
+            await self._engine.dispose()
+
+    async def _log_ahead(self) -> None:
+        """Readers do not hold up writers then. Noted in the file, so that mostly there is nothing to do."""
+        for pause_s in (*_WAL_PAUSES_S, None):
+            try:
+                async with self._engine.connect() as connection:
+                    await connection.exec_driver_sql("PRAGMA journal_mode=WAL")
+            except sa.exc.OperationalError as error:
+                # For this alone SQLite does not wait its turn, and a fleet starts all at once.
+                if pause_s is None or "locked" not in str(error.orig):
+                    raise
+                await asyncio.sleep(pause_s)
+            else:
+                return
 
     async def _fact(self, name: str) -> str:
         async with self._turn, self._engine.connect() as connection:
@@ -160,7 +201,12 @@ class SqlStore:
 
 def _engine(url: str) -> AsyncEngine:
     driver_url = url.replace("sqlite://", "sqlite+aiosqlite://", 1)
-    options: dict[str, Any] = {"connect_args": {"timeout": 30}, "isolation_level": "AUTOCOMMIT"}
+    # Parameters hold tokens, and errors are logged.
+    options: dict[str, Any] = {
+        "connect_args": {"timeout": 30},
+        "isolation_level": "AUTOCOMMIT",
+        "hide_parameters": True,
+    }
     if url == IN_MEMORY:
         return create_async_engine(driver_url, poolclass=StaticPool, **options)
     path = Path(url.removeprefix("sqlite:///"))
@@ -173,7 +219,6 @@ def _engine(url: str) -> AsyncEngine:
     @sa.event.listens_for(engine.sync_engine, "connect")
     def prepare(connection: Any, _record: object) -> None:
         cursor = connection.cursor()
-        cursor.execute("PRAGMA journal_mode=WAL")
         cursor.execute("PRAGMA synchronous=FULL")
         cursor.close()
 
