@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 from aio_pika.abc import AbstractConnection
@@ -85,7 +86,8 @@ class Station:
     async def ready(self) -> None:
         """Return when it consumes and publishes."""
         ready = asyncio.gather(self.inbox.ready.wait(), self.outbox.ready.wait())
-        done, _ = await asyncio.wait({ready, *self.tasks}, timeout=30, return_when=asyncio.FIRST_COMPLETED)
+        waiting: set[asyncio.Future[Any]] = {ready, *self.tasks}
+        done, _ = await asyncio.wait(waiting, timeout=30, return_when=asyncio.FIRST_COMPLETED)
         if ready not in done:
             ready.cancel()
         for task in self.tasks:
@@ -105,6 +107,11 @@ class Station:
         """Return when all that ended was told and acknowledged."""
         async with asyncio.timeout(20):
             await self.settler.drain()
+
+    async def reconnected(self, lives: int = 2) -> None:
+        """Return once it consumes over its so manieth connection."""
+        await eventually(lambda: self.consuming.count >= lives)
+        await self.ready()
 
     async def gone(self) -> None:
         """Drop everything, as if the process had been killed. What it had not acknowledged is in its queue again."""
