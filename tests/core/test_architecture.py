@@ -43,7 +43,6 @@ ROOMS_OF = {
     "pamqp": {"worker.amqp"},
     "aiohttp": {"worker.avatar", "worker.ops", "worker.local"},
     "sqlalchemy": {"worker.stores"},
-    "aiosqlite": {"worker.stores"},
     "sqlite3": {"worker.stores"},
 }
 

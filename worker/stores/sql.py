@@ -1,18 +1,21 @@
-"""The store in SQL, through SQLAlchemy Core: SQLite for the workers of one host, a file they share or memory."""
+"""The store in SQL, through SQLAlchemy Core: SQLite for the workers of one host, a file they share or memory.
+
+One thread does the work, and what comes up while it commits goes into its next transaction: a lease must not run out
+because two hundred conversations begin at once.
+"""
 
 import asyncio
-import functools
 import json
 import os
+import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.dialects.sqlite import insert
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.pool import StaticPool
 
 from worker.core.model import Session, Viewer
@@ -47,30 +50,18 @@ _sessions = sa.Table(
 )
 
 
-_P = ParamSpec("_P")
 _T = TypeVar("_T")
-
-
-def _to_the_end(method: Callable[_P, Coroutine[Any, Any, _T]]) -> Callable[_P, Coroutine[Any, Any, _T]]:
-    """What is begun is done, also if its caller is cancelled.
-
-    SQLAlchemy throws away a connection that was in use then, and a store in memory with it.
-    """
-
-    @functools.wraps(method)
-    async def shielded(*args: _P.args, **kwargs: _P.kwargs) -> _T:
-        return await asyncio.shield(method(*args, **kwargs))
-
-    return shielded
+Work = Callable[[sa.Connection], _T]
 
 
 class SqlStore:
     """`ports.SessionStore` over an SQLAlchemy engine. The file holds tokens: only its owner may read it."""
 
-    def __init__(self, engine: AsyncEngine) -> None:
+    def __init__(self, engine: sa.Engine) -> None:
         self._engine = engine
-        # Readers take turns too: in memory all share one connection, and giving it back undoes what is half written.
-        self._turn = asyncio.Lock()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="store")
+        self._waiting: list[tuple[Work[Any], asyncio.Future[Any]]] = []
+        self._committing: asyncio.Task[None] | None = None
 
     @classmethod
     async def open(cls, url: str) -> "SqlStore":
@@ -79,146 +70,163 @@ class SqlStore:
         Raises:
             ConfigurationError: the file cannot be used, or a newer version made it.
         """
-        engine = _engine(url)
-        store = cls(engine)
+        store = cls(_engine(url))
+        store_id = "memory" if url == IN_MEMORY else uuid.uuid4().hex
+
+        def prepare(connection: sa.Connection) -> str:
+            _metadata.create_all(connection)
+            connection.execute(_add_fact("schema_version", SCHEMA_VERSION))
+            connection.execute(_add_fact("store_id", store_id))
+            return _fact(connection, "schema_version")
+
         try:
-            await store._log_ahead()
-            async with store._writing() as connection:
-                await connection.run_sync(_metadata.create_all)
-                await connection.execute(_add_fact("schema_version", SCHEMA_VERSION))
-                await connection.execute(_add_fact("store_id", "memory" if url == IN_MEMORY else uuid.uuid4().hex))
-            version = await store._fact("schema_version")
+            await asyncio.get_running_loop().run_in_executor(store._thread, _log_ahead, store._engine)
+            version = await store._do(prepare)
         except sa.exc.DBAPIError as error:
-            await engine.dispose()
+            await store.close()
             raise ConfigurationError(f"STORE_URL: the file cannot be used: {error.orig}") from None
         if version != SCHEMA_VERSION:
-            await engine.dispose()
+            await store.close()
             raise ConfigurationError(f"STORE_URL: made by another version (schema {version}, wanted {SCHEMA_VERSION})")
         return store
 
     async def identity(self) -> str:
         """See `ports.SessionStore`, here and below."""
-        return await self._fact("store_id")
+        return await self._do(lambda connection: _fact(connection, "store_id"))
 
-    @_to_the_end
     async def take(self, conversation_id: str, owner: str, until: float) -> Held | None:
         """One statement, so that two takers cannot both win."""
-        row = (
+        statement = (
             sa.update(_sessions)
             .where(_sessions.c.conversation_id == conversation_id)
             .values(owner=owner, lease_until=until)
             .returning(*_sessions.c)
         )
-        async with self._writing() as connection:
-            found = (await connection.execute(row)).one_or_none()
+        found = await self._do(lambda connection: connection.execute(statement).one_or_none())
         return None if found is None else _held(found)
 
-    @_to_the_end
     async def put(self, held: Held, owner: str, until: float) -> None:
         """Insert or replace."""
         values = _values(held) | {"owner": owner, "lease_until": until}
         statement = insert(_sessions).values(values)
         statement = statement.on_conflict_do_update(index_elements=["conversation_id"], set_=values)
-        async with self._writing() as connection:
-            await connection.execute(statement)
+        await self._do(lambda connection: connection.execute(statement))
 
-    @_to_the_end
     async def renew(self, held: Mapping[str, Held], owner: str, until: float) -> set[str]:
         """All in one transaction."""
-        lost: set[str] = set()
-        if not held:
-            return lost
-        async with self._writing() as connection:
-            for conversation_id, one in held.items():
-                result = await connection.execute(
-                    sa.update(_sessions)
-                    .where(*_is_held(one, owner))
-                    .values(lease_until=until, last_used=sa.func.max(_sessions.c.last_used, one.last_used))
-                )
-                if result.rowcount == 0:
-                    lost.add(conversation_id)
-        return lost
 
-    @_to_the_end
+        def work(connection: sa.Connection) -> set[str]:
+            return {key for key, one in held.items() if not connection.execute(_renewal(one, owner, until)).rowcount}
+
+        return await self._do(work) if held else set()
+
     async def adopt(self, owner: str, now: float, until: float) -> list[Held]:
-        """Looks before it locks: mostly there is nothing to adopt."""
+        """Whoever looks first has them."""
         stale = _sessions.c.lease_until < now
-        async with self._turn, self._engine.connect() as connection:
-            if (await connection.execute(sa.select(sa.exists().where(stale)))).scalar() == 0:
-                return []
         statement = sa.update(_sessions).where(stale).values(owner=owner, lease_until=until).returning(*_sessions.c)
-        async with self._writing() as connection:
-            return [_held(row) for row in await connection.execute(statement)]
+        return [_held(row) for row in await self._do(lambda connection: connection.execute(statement).all())]
 
-    @_to_the_end
     async def remove(self, held: Held, owner: str) -> bool:
         """Compare and delete."""
-        async with self._writing() as connection:
-            result = await connection.execute(sa.delete(_sessions).where(*_is_held(held, owner)))
-        return bool(result.rowcount)
+        statement = sa.delete(_sessions).where(*_is_held(held, owner))
+        return bool(await self._do(lambda connection: connection.execute(statement).rowcount))
 
-    @_to_the_end
     async def release(self, owner: str) -> None:
         """The leases run out at once."""
-        async with self._writing() as connection:
-            await connection.execute(sa.update(_sessions).where(_sessions.c.owner == owner).values(lease_until=0))
+        statement = sa.update(_sessions).where(_sessions.c.owner == owner).values(lease_until=0)
+        await self._do(lambda connection: connection.execute(statement))
 
     async def close(self) -> None:
         """Close the connections, after what has been begun."""
-        async with self._turn:
-            await self._engine.dispose()
+        if self._committing is not None:
+            await self._committing
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._engine.dispose)
+        self._thread.shutdown()
 
-    async def _log_ahead(self) -> None:
-        """Readers do not hold up writers then. Noted in the file, so that mostly there is nothing to do."""
-        for pause_s in (*_WAL_PAUSES_S, None):
+    async def _do(self, work: Work[_T]) -> _T:
+        """Have it done in the next transaction; it is done also if the caller is cancelled."""
+        done: asyncio.Future[_T] = asyncio.get_running_loop().create_future()
+        self._waiting.append((work, done))
+        if self._committing is None:
+            self._committing = asyncio.create_task(self._commit())
+        return await done
+
+    async def _commit(self) -> None:
+        loop = asyncio.get_running_loop()
+        while self._waiting:
+            batch, self._waiting = self._waiting, []
             try:
-                async with self._engine.connect() as connection:
-                    await connection.exec_driver_sql("PRAGMA journal_mode=WAL")
-            except sa.exc.OperationalError as error:
-                # For this alone SQLite does not wait its turn, and a fleet starts all at once.
-                if pause_s is None or "locked" not in str(error.orig):
-                    raise
-                await asyncio.sleep(pause_s)
+                results = await loop.run_in_executor(self._thread, _transact, self._engine, [work for work, _ in batch])
+            except Exception as error:  # noqa: BLE001 - each caller has it
+                outcomes: list[Any] = [error] * len(batch)
             else:
-                return
+                outcomes = results
+            for (_, done), outcome in zip(batch, outcomes, strict=True):
+                if done.cancelled():
+                    continue
+                if isinstance(outcome, Exception):
+                    done.set_exception(outcome)
+                else:
+                    done.set_result(outcome)
+        self._committing = None
 
-    async def _fact(self, name: str) -> str:
-        async with self._turn, self._engine.connect() as connection:
-            result = await connection.execute(sa.select(_facts.c.value).where(_facts.c.name == name))
-            return str(result.scalar_one())
 
-    @asynccontextmanager
-    async def _writing(self) -> AsyncIterator[AsyncConnection]:
-        async with self._turn, self._engine.connect() as connection:
-            # A transaction that reads before it writes would fail at once if another worker writes meanwhile.
-            await connection.exec_driver_sql("BEGIN IMMEDIATE")
-            try:
-                yield connection
-            except BaseException:
-                await connection.exec_driver_sql("ROLLBACK")
+def _transact(engine: sa.Engine, batch: Sequence[Work[Any]]) -> list[Any]:
+    with engine.connect() as connection:
+        # A transaction that reads before it writes would fail at once if another worker writes meanwhile.
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+        try:
+            results = [work(connection) for work in batch]
+        except BaseException:
+            connection.exec_driver_sql("ROLLBACK")
+            raise
+        connection.exec_driver_sql("COMMIT")
+        return results
+
+
+def _log_ahead(engine: sa.Engine) -> None:
+    """Readers do not hold up writers then. Noted in the file, so that mostly there is nothing to do."""
+    for pause_s in (*_WAL_PAUSES_S, None):
+        try:
+            with engine.connect() as connection:
+                connection.exec_driver_sql("PRAGMA journal_mode=WAL")
+        except sa.exc.OperationalError as error:
+            # For this alone SQLite does not wait its turn, and a fleet starts all at once.
+            if pause_s is None or "locked" not in str(error.orig):
                 raise
-            await connection.exec_driver_sql("COMMIT")
+            time.sleep(pause_s)
+        else:
+            return
 
 
-def _engine(url: str) -> AsyncEngine:
-    driver_url = url.replace("sqlite://", "sqlite+aiosqlite://", 1)
+def _fact(connection: sa.Connection, name: str) -> str:
+    return str(connection.execute(sa.select(_facts.c.value).where(_facts.c.name == name)).scalar_one())
+
+
+def _renewal(held: Held, owner: str, until: float) -> sa.Update:
+    last_used = sa.func.max(_sessions.c.last_used, held.last_used)
+    return sa.update(_sessions).where(*_is_held(held, owner)).values(lease_until=until, last_used=last_used)
+
+
+def _engine(url: str) -> sa.Engine:
     # Parameters hold tokens, and errors are logged.
     options: dict[str, Any] = {
-        "connect_args": {"timeout": 30},
+        "connect_args": {"timeout": 30, "check_same_thread": False},
         "isolation_level": "AUTOCOMMIT",
         "hide_parameters": True,
+        "poolclass": StaticPool,
     }
     if url == IN_MEMORY:
-        return create_async_engine(driver_url, poolclass=StaticPool, **options)
+        return sa.create_engine(url, **options)
     path = Path(url.removeprefix("sqlite:///"))
     try:
         # As SQLite will, but with an error that says what is wrong.
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
     except OSError as error:
         raise ConfigurationError(f"STORE_URL: {path} cannot be written: {error.strerror}") from None
-    engine = create_async_engine(driver_url, **options)
+    engine = sa.create_engine(url, **options)
 
-    @sa.event.listens_for(engine.sync_engine, "connect")
+    @sa.event.listens_for(engine, "connect")
     def prepare(connection: Any, _record: object) -> None:
         cursor = connection.cursor()
         cursor.execute("PRAGMA synchronous=FULL")
