@@ -24,8 +24,13 @@ from worker.flow.lanes import Lanes
 from worker.flow.settler import Settler
 from worker.ops import logs
 from worker.ops.health import Health
+from worker.ports import Clock, Ledger
 from worker.settings import Settings
-from worker.stores.sql import SqlStore
+from worker.stores.database import Database
+from worker.stores.ledger import SqlLedger
+from worker.stores.sessions import SqlSessions
+
+PRUNE_S = 60.0
 
 _log = structlog.stdlib.get_logger(__name__)
 
@@ -43,14 +48,15 @@ async def run(settings: Settings) -> None:
     clock = SteadyClock()
     name = settings.worker_name
     async with AsyncExitStack() as stack:
-        store = await SqlStore.open(settings.store_url)
-        stack.push_async_callback(store.close)
+        database = await Database.open(settings.store_url)
+        stack.push_async_callback(database.close)
+        store, ledger = SqlSessions(database), SqlLedger(database, clock)
         api = await stack.enter_async_context(AvatarClient(_api(settings), ks))
         outbox = Outbox(source=settings.event_source, worker=name, event_retry_s=settings.event_retry_s, clock=clock)
         settler = Settler(outbox)
         desk = Desk(api, store, name, clock)
         stack.push_async_callback(store.release, name)
-        lanes = Lanes(settings.rules, desk, settler, clock, keep_s=settings.ledger_keep_s)
+        lanes = Lanes(settings.rules, desk=desk, ledger=ledger, settler=settler, clock=clock)
         keeper = Keeper(
             desk,
             clock,
@@ -60,7 +66,7 @@ async def run(settings: Settings) -> None:
             submit=settler.submit,
         )
         wanted = Record(settings.partitions, await store.identity())
-        inbox = Inbox(lanes, wanted=wanted, worker=name, prefetch=settings.prefetch, clock=clock)
+        inbox = Inbox(lanes, ledger.raise_epoch, wanted=wanted, worker=name, prefetch=settings.prefetch, clock=clock)
         checks = {"consuming": inbox.ready.is_set, "publishing": outbox.ready.is_set}
         health = await stack.enter_async_context(Health(settings.ops_host, settings.ops_port, checks))
         url = settings.amqp_url.get_secret_value()
@@ -70,13 +76,21 @@ async def run(settings: Settings) -> None:
                 Link(url, name=f"{name} publish", heartbeat_s=settings.heartbeat_s).run(outbox.session),
                 Link(url, name=f"{name} consume", heartbeat_s=settings.heartbeat_s).run(inbox.session),
                 keeper.run(),
-                lanes.prune(),
+                ledger.run(),
+                _prune(ledger, clock, settings.ledger_keep_s),
             )
         )
         await tasks.until(signals.get())
         health.stopping = True
         await _stop(lanes, inbox, signals, settings.drain_timeout_s)
     _log.info(logs.WORKER_STOPPED, worker=name)
+
+
+async def _prune(ledger: Ledger, clock: Clock, keep_s: float) -> None:
+    """Forget, now and then, what is older than anybody may rely on."""
+    while True:
+        await ledger.prune(clock() - keep_s)
+        await asyncio.sleep(PRUNE_S)
 
 
 async def _stop(lanes: Lanes, inbox: Inbox, signals: "asyncio.Queue[signal.Signals]", timeout_s: float) -> None:

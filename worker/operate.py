@@ -12,16 +12,17 @@ from worker.amqp import link, parked, topology
 from worker.amqp.topology import Record
 from worker.errors import ConfigurationError
 from worker.settings import BrokerSettings, Settings
-from worker.stores.sql import SqlStore
+from worker.stores.database import Database
+from worker.stores.sessions import SqlSessions
 
 
 async def declare_topology(settings: Settings) -> int:
     """Declare what the contract names and print what stands there; returns the exit code."""
-    store = await SqlStore.open(settings.store_url)
+    database = await Database.open(settings.store_url)
     try:
-        wanted = Record(settings.partitions, await store.identity())
+        wanted = Record(settings.partitions, await SqlSessions(database).identity())
     finally:
-        await store.close()
+        await database.close()
     async with _connected(settings) as connection:
         await topology.declare(connection, wanted)
         rows = await topology.survey(connection, wanted.partitions)

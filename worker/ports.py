@@ -1,22 +1,38 @@
 """What the flow needs from the world, as Protocols. Each docstring is the contract that its adapters are tested by."""
 
-from collections.abc import Mapping
+from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from schemas.events import Event
+from worker.core.memory import Changes, Ended, Memory
 from worker.core.model import CallResult, Piece, ReplyTo, Session, Viewer
 from worker.core.verdict import Parked
 from worker.core.work import Open
 
 
 @runtime_checkable
-class Delivery(Protocol):
-    """The broker's side of one command. Deliveries of one connection's life share their `origin`."""
+class Tenure(Protocol):
+    """One ownership of a partition by this worker: one channel's life."""
 
     @property
-    def origin(self) -> object:
-        """The connection's life it came through."""
+    def partition(self) -> int:
+        """The partition's number."""
+
+    async def epoch(self) -> int:
+        """The number of this ownership; it is raised once, when the channel is sure to be the partition's."""
+
+    def refused(self) -> None:
+        """The ledger knows a newer epoch: the partition belongs to another worker. Give it up and join again."""
+
+
+@runtime_checkable
+class Delivery(Protocol):
+    """The broker's side of one command."""
+
+    @property
+    def tenure(self) -> Tenure:
+        """The ownership it was delivered under."""
 
     async def settle(self) -> bool:
         """Acknowledge, once. False: the channel it came through is gone, and the broker will deliver it again."""
@@ -101,5 +117,31 @@ class SessionStore(Protocol):
     async def release(self, owner: str) -> None:
         """Let go of all that `owner` holds: anybody may adopt it at once."""
 
-    async def close(self) -> None:
-        """No call may follow."""
+
+class Ledger(Protocol):
+    """What every conversation remembers, kept over restarts and shared by all workers.
+
+    Writes take effect in the order in which the methods were called, whenever they are awaited, and wait out an outage
+    of the store.
+    """
+
+    async def recall(self, conversation_id: str) -> Memory:
+        """What is known of the conversation, but for its ended commands; those are looked up as they come."""
+
+    async def known(self, conversation_id: str, message_ids: Sequence[str]) -> dict[str, Ended]:
+        """Which of these commands have ended, and how."""
+
+    def intend(self, conversation_id: str, changes: Changes | None, partition: int, epoch: int) -> Awaitable[bool]:
+        """Write before a call is made. False, and nothing is written: the partition has another owner by now."""
+
+    def record(self, conversation_id: str, changes: Changes) -> Awaitable[object]:
+        """Write what has happened, whoever owns the partition: an outcome is a fact.
+
+        The state is left alone where a newer attempt stands, and a command that has ended does not end again.
+        """
+
+    async def raise_epoch(self, partition: int) -> int:
+        """Begin a new ownership of the partition; all before it may intend nothing any more."""
+
+    async def prune(self, before: float) -> None:
+        """Forget what was last touched before that time, in epoch seconds, a batch at a time."""

@@ -7,11 +7,12 @@ import asyncio
 import hashlib
 import re
 import uuid
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from datetime import datetime
 from typing import Protocol
 
 import structlog
+from aio_pika import abc
 from aio_pika.abc import AbstractConnection
 from aiormq.abc import AbstractChannel, DeliveredMessage
 from aiormq.exceptions import ChannelInvalidStateError, ConnectionClosed
@@ -21,6 +22,7 @@ from schemas import routes
 from schemas.commands import FieldError, Malformed, RejectReason, parse
 from worker.amqp import topology
 from worker.amqp.lenient import printable
+from worker.amqp.link import LOSSES
 from worker.amqp.topology import Record
 from worker.core.model import Entry, Misfit, ReplyTo
 from worker.core.ownership import score
@@ -37,6 +39,9 @@ _FUTURE_S = 86_400.0
 _REPLY_EXPIRES_MS = 30_000
 
 
+RaiseEpoch = Callable[[int], Awaitable[int]]
+
+
 class Receiver(Protocol):
     """Who is handed what arrives: plain calls, which must not wait."""
 
@@ -46,23 +51,77 @@ class Receiver(Protocol):
     def reject(self, misfit: Misfit) -> None:
         """A message that is none."""
 
-    def forget(self, is_gone: Callable[[Entry], bool]) -> None:
-        """Deliveries whose connection is lost."""
+    def forget(self, tenure: "ChannelTenure") -> None:
+        """What came under this tenure comes again."""
 
 
-class Origin:
-    """One life of the consuming connection. `open` until nothing may be acknowledged through it any more."""
+class ChannelTenure:
+    """`ports.Tenure`: one channel's life as the consumer of a partition, `open` until it is given up or lost.
 
-    def __init__(self) -> None:
+    The epoch is raised once, after the first delivery and a round trip on the channel begun after it. A broker may hand
+    a partition back to a consumer that had lost it, without a sign, and a stopped process may wake to deliveries long
+    given to others: only an answer on this very channel shows that it is alive.
+    """
+
+    def __init__(self, partition: int, channel: abc.AbstractChannel, raise_epoch: RaiseEpoch, prefetch: int) -> None:
         self.open = True
+        self.given_up = asyncio.Event()
+        self._partition = partition
+        self._channel = channel
+        self._raise_epoch = raise_epoch
+        self._prefetch = prefetch
+        self._epoch: asyncio.Task[int] | None = None
+
+    @property
+    def partition(self) -> int:
+        """The partition's number."""
+        return self._partition
+
+    async def epoch(self) -> int:
+        """The number of this ownership.
+
+        Raises:
+            LinkLost: the tenure has ended before it was known.
+        """
+        if self._epoch is None:
+            self._epoch = asyncio.create_task(self._begin())
+        try:
+            return await asyncio.shield(self._epoch)
+        except asyncio.CancelledError:
+            if self.open:
+                raise
+            raise LinkLost("the partition was given up") from None
+
+    def refused(self) -> None:
+        """Another worker owns the partition: give it up."""
+        self.given_up.set()
+
+    def end(self) -> None:
+        """Nothing is acknowledged, or begun, under this tenure any more."""
+        self.open = False
+        if self._epoch is not None:
+            self._epoch.cancel()
+
+    async def close(self) -> None:
+        """Close the channel: what it holds goes back to the head of the queue, in order."""
+        await self._channel.close()
+
+    async def _begin(self) -> int:
+        try:
+            await self._channel.set_qos(self._prefetch)
+        except LOSSES as error:
+            raise LinkLost(f"channel lost: {error}") from None
+        return await self._raise_epoch(self._partition)
 
 
 class AmqpDelivery:
     """`ports.Delivery` of a RabbitMQ message; `message` is what is parked if it comes to that."""
 
-    def __init__(self, origin: Origin, channel: AbstractChannel, message: DeliveredMessage, received: float) -> None:
-        self.origin = origin
+    def __init__(
+        self, tenure: ChannelTenure, channel: AbstractChannel, message: DeliveredMessage, received: float
+    ) -> None:
         assert isinstance(message.delivery, spec.Basic.Deliver)
+        self.tenure = tenure
         self.message = message
         self.delivered = message.delivery
         self.received = received
@@ -71,7 +130,7 @@ class AmqpDelivery:
     async def settle(self) -> bool:
         """Acknowledge. False: stale."""
         tag = self.delivered.delivery_tag
-        if not self.origin.open or tag is None:
+        if not self.tenure.open or tag is None:
             return False
         try:
             await self._channel.basic_ack(tag, wait=False)
@@ -83,19 +142,28 @@ class AmqpDelivery:
 class Inbox:
     """Consumes all partitions over one connection. `ready` while it does."""
 
-    def __init__(self, receiver: Receiver, *, wanted: Record, worker: str, prefetch: int, clock: Clock) -> None:
+    def __init__(
+        self,
+        receiver: Receiver,
+        raise_epoch: RaiseEpoch,
+        *,
+        wanted: Record,
+        worker: str,
+        prefetch: int,
+        clock: Clock,
+    ) -> None:
         self.ready = asyncio.Event()
         self._receiver = receiver
+        self._raise_epoch = raise_epoch
         self._wanted = wanted
         self._worker = worker
         self._prefetch = prefetch
         self._clock = clock
-        self._origin = Origin()
+        self._tenures: dict[int, ChannelTenure] = {}
 
     async def session(self, connection: AbstractConnection) -> None:
         """Declare, consume, and return only by raising: LinkLost when any part of it is lost."""
         await topology.declare(connection, self._wanted)
-        origin = self._origin = Origin()
         loss: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
         def lose(what: str) -> None:
@@ -103,34 +171,59 @@ class Inbox:
                 loss.set_result(what)
 
         connection.close_callbacks.add(lambda _, error: lose(f"connection closed: {error}"))
+        partitions = range(self._wanted.partitions)
+        for partition in partitions:
+            await self._join(connection, partition, lose)
+        rejoining = [asyncio.create_task(self._rejoin(connection, partition, lose)) for partition in partitions]
         try:
-            for partition in range(self._wanted.partitions):
-                await self._consume(connection, partition, origin, lose)
             _log.info(logs.BROKER_CONNECTED, partitions=self._wanted.partitions)
             self.ready.set()
             raise LinkLost(await loss)
         finally:
             self.ready.clear()
-            origin.open = False
-            self._receiver.forget(lambda entry: _delivery(entry).origin is origin)
+            for task in rejoining:
+                task.cancel()
+            await asyncio.gather(*rejoining, return_exceptions=True)
+            for tenure in self._tenures.values():
+                tenure.end()
+                self._receiver.forget(tenure)
 
     def gate(self) -> None:
         """Acknowledge nothing any more: closing a channel that is still acknowledged on kills its connection."""
-        self._origin.open = False
+        for tenure in self._tenures.values():
+            tenure.end()
 
-    async def _consume(
-        self, connection: AbstractConnection, partition: int, origin: Origin, lose: Callable[[str], None]
-    ) -> None:
+    async def _rejoin(self, connection: AbstractConnection, partition: int, lose: Callable[[str], None]) -> None:
+        """Whenever the ledger says that the partition has another owner, leave it and queue up for it again."""
+        while True:
+            tenure = self._tenures[partition]
+            await tenure.given_up.wait()
+            _log.warning(logs.PARTITION_LOST, partition=partition)
+            tenure.end()
+            self._receiver.forget(tenure)
+            try:
+                await tenure.close()
+                await self._join(connection, partition, lose)
+            except LOSSES as error:
+                lose(f"partition {partition} could not be joined again: {error}")
+
+    async def _join(self, connection: AbstractConnection, partition: int, lose: Callable[[str], None]) -> None:
         queue = routes.partition_queue(partition)
         outer = await connection.channel(publisher_confirms=False)
-        outer.close_callbacks.add(lambda _, error: lose(f"channel of {queue} closed: {error}"))
         await outer.set_qos(self._prefetch)
         channel = await outer.get_underlay_channel()
-        channel.on_consumer_cancel_callbacks.add(lambda _: lose(f"consumer of {queue} cancelled by the broker"))
+        tenure = self._tenures[partition] = ChannelTenure(partition, outer, self._raise_epoch, self._prefetch)
+
+        def lose_channel(what: str) -> None:
+            if tenure.open:
+                lose(f"{what} of {queue}")
+
+        outer.close_callbacks.add(lambda _, error: lose_channel(f"channel closed ({error})"))
+        channel.on_consumer_cancel_callbacks.add(lambda _: lose_channel("consumer cancelled by the broker"))
 
         async def receive(message: DeliveredMessage) -> None:
-            if origin.open:
-                self._receive(AmqpDelivery(origin, channel, message, self._clock()))
+            if tenure.open:
+                self._receive(AmqpDelivery(tenure, channel, message, self._clock()))
 
         await channel.basic_consume(queue, receive, arguments={"x-priority": score(self._worker, partition)})
 
@@ -195,8 +288,3 @@ def _reply_to(queue: str | None, correlation_id: str | None, timeout_ms: object)
         return None
     expires_ms = timeout_ms if isinstance(timeout_ms, int) and 0 < timeout_ms <= 3_600_000 else _REPLY_EXPIRES_MS
     return ReplyTo(queue, printable(correlation_id) if correlation_id else None, int(expires_ms))
-
-
-def _delivery(entry: Entry) -> AmqpDelivery:
-    assert isinstance(entry.delivery, AmqpDelivery)
-    return entry.delivery

@@ -1,7 +1,7 @@
 """The book of one conversation: what waits, how what waited has ended, and what is to be told of it."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from itertools import takewhile
 
 from schemas.commands import Speak
@@ -29,9 +29,6 @@ class Book:
     def __iter__(self) -> Iterator[Entry]:
         return iter(self._queue)
 
-    def __contains__(self, entry: Entry) -> bool:
-        return entry in self._queue
-
     @property
     def head(self) -> Entry:
         """The oldest entry that has not ended."""
@@ -40,10 +37,6 @@ class Book:
     def add(self, entry: Entry) -> None:
         """Queue an entry behind all others."""
         self._queue.append(entry)
-
-    def drop(self, unwanted: Callable[[Entry], bool]) -> None:
-        """Take entries out as if they had never come: they will come again."""
-        self._queue = deque(entry for entry in self._queue if not unwanted(entry))
 
     def known(self, entry: Entry) -> bool:
         """Whether a command with this id has ended."""
@@ -76,7 +69,7 @@ class Book:
                 self._leave(entry)
                 if entry.message_id is not None:
                     assert conclusion.event is not None
-                    self.memory.ended[entry.message_id] = Ended(entry.fingerprint, conclusion.event, now)
+                    self.memory.end(entry.message_id, Ended(entry.fingerprint, conclusion.event, now))
 
     def repeat(self, entry: Entry, session: Session | None) -> None:
         """End a known entry: as its command ended, or as rejected if the body is another one."""
@@ -98,4 +91,4 @@ class Book:
             self._queue.popleft()
         else:
             self._queue.remove(entry)
-        self.memory.spoken.pop(entry.key, None)
+        self.memory.speak_up_to(entry.key, None)

@@ -20,7 +20,6 @@ A lane is driven in a loop by whoever owns it (`flow.runner`):
 What must outlive the lane is `memory`.
 """
 
-from collections.abc import Callable
 from typing import assert_never
 
 from schemas.commands import Interrupt, SessionAttach, SessionEnd, SessionStart, Speak
@@ -54,14 +53,12 @@ class Lane:
     def begin(self, session: Session | None) -> None:
         """The session that the lane's owner has found, if there is one."""
         self._sessions.session = session
+        self._speech.doubt()
 
-    def rebuilt(self) -> "Lane":
-        """A new lane with what this one holds, after it failed."""
-        lane = Lane(self._book.conversation_id, self._rules, self._book.memory)
-        for entry in self._book:
-            lane._book.add(entry)
-        lane._silenced = self._silenced
-        return lane
+    @property
+    def entries(self) -> tuple[Entry, ...]:
+        """The commands that have not ended, in order."""
+        return tuple(self._book)
 
     def offer(self, entry: Entry, now: float) -> tuple[Conclusion, ...]:
         """Queue a command; returns what ends by its mere coming."""
@@ -72,14 +69,6 @@ class Lane:
                 self._speech.drop()
         self._book.add(entry)
         return self._book.take()
-
-    def forget(self, is_gone: Callable[[Entry], bool]) -> None:
-        """Drop what waits and will be delivered again. What is in a call stays: its outcome is a fact."""
-        busy = self._in_call()
-        self._book.drop(lambda entry: is_gone(entry) and entry not in busy)
-        self._silenced = {entry: turns for entry, turns in self._silenced.items() if entry in self._book}
-        if not busy:
-            self._speech.drop()
 
     def next(self, now: float) -> Step:
         """What has ended by now, and the next work. Not while a call is under way."""
@@ -149,7 +138,7 @@ class Lane:
                     return piece
                 return Say(piece) if self._sessions.session else self._sessions.plan_for_speech(now)
             case Interrupt(turn_id=wanted):
-                last = self._book.memory.last_turn
+                last = self._book.memory.state.last_turn
                 if self._sessions.session and (wanted is None or last in (None, wanted)):
                     return CallInterrupt()
                 self._end_interrupt(head, None, now)
@@ -166,7 +155,7 @@ class Lane:
     def _end_interrupt(self, entry: Entry, result: CallResult | None, now: float) -> None:
         silenced = self._silenced.pop(entry, {})
         if result is not None:
-            self._book.memory.playing_until = now
+            self._book.memory.update(playing_until=now)
         # Without a session nothing can have been silenced but what was waiting for one.
         turn_ids = [turn_id for turn_id, lost in silenced.items() if lost or self._sessions.session]
         latency_ms = verdict.milliseconds(now - entry.born)

@@ -1,10 +1,16 @@
-"""What a conversation remembers beyond the lane that serves it: how its commands ended, and which turns are silent."""
+"""What a conversation remembers beyond the lane that serves it, and beyond the worker: the ledger keeps it.
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+A lane changes its memory as it goes; `take_changes` hands over what is new since the last time, to be written.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from schemas.events import Event
+
+KEPT_AT_HAND = 2000
+"""Ended commands a lane remembers by itself; of older ones it asks the ledger."""
 
 
 class TurnState(StrEnum):
@@ -41,27 +47,119 @@ class Ended:
     at: float
 
 
-@dataclass(slots=True)
-class Memory:
-    """The memory of one conversation. `spoken`: characters of a chunk that left in earlier pieces, by entry key."""
+@dataclass(frozen=True, slots=True)
+class SentPart:
+    """The characters of one chunk that an attempt carries. The chunk is named by its entry's `key`."""
 
-    turns: dict[str, Turn] = field(default_factory=dict)
-    ended: dict[str, Ended] = field(default_factory=dict)
-    spoken: dict[str, int] = field(default_factory=dict)
+    key: str
+    start: int
+    end: int
+    last: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """The piece that was about to be said, as it was sent: the *intent*. Only its outcome tells whether it was."""
+
+    turn_id: str
+    text: str
+    is_final: bool
+    parts: tuple[SentPart, ...]
+    begun: float
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """What there is one of per conversation.
+
+    `number` counts attempts, so that an outcome that comes late cannot undo what came after. `spoken`: characters of a
+    chunk that left in earlier pieces, by entry key. `playing_until`: when, by estimate, the avatar falls silent.
+    """
+
+    number: int = 0
+    attempt: Attempt | None = None
+    spoken: Mapping[str, int] = field(default_factory=dict)
     playing_until: float = 0.0
     last_turn: str | None = None
 
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """What is to be written of a conversation: its state, the turns that changed, the commands that ended."""
+
+    state: State
+    turns: Mapping[str, Turn]
+    ended: Mapping[str, Ended]
+
+
+class Memory:
+    """The memory of one conversation.
+
+    `ended` holds what was looked up and what has ended since, not all that ever did. `fresh`: the ledger knew nothing
+    of the conversation, so there is nothing to look up.
+    """
+
+    def __init__(
+        self, state: State | None = None, turns: Mapping[str, Turn] | None = None, *, fresh: bool = True
+    ) -> None:
+        self.fresh = fresh
+        self.state = state or State()
+        self.turns: dict[str, Turn] = dict(turns or {})
+        self.ended: dict[str, Ended] = {}
+        self._written = self.state
+        self._touched: set[str] = set()
+        self._new: dict[str, Ended] = {}
+
     def turn(self, turn_id: str, now: float) -> Turn:
-        """The turn, new if it was never heard of."""
+        """The turn, to be changed; new if it was never heard of."""
         turn = self.turns.setdefault(turn_id, Turn())
         turn.touched = now
+        self._touched.add(turn_id)
         return turn
+
+    def reopen(self, turn_id: str, now: float) -> None:
+        """The turn begins anew."""
+        self.turns[turn_id] = Turn(touched=now)
+        self._touched.add(turn_id)
 
     def open_turns(self) -> Iterator[str]:
         """Turns that were begun and neither closed nor silenced."""
         return (turn_id for turn_id, turn in self.turns.items() if turn.state is TurnState.OPEN)
 
-    def prune(self, before: float) -> None:
-        """Forget what was last touched before that time."""
-        self.ended = {key: ended for key, ended in self.ended.items() if ended.at >= before}
-        self.turns = {turn_id: turn for turn_id, turn in self.turns.items() if turn.touched >= before}
+    def end(self, message_id: str, ended: Ended) -> None:
+        """A command has ended."""
+        self.ended[message_id] = ended
+        self._new[message_id] = ended
+
+    def trim(self) -> None:
+        """Leave it to the ledger to remember what ended long ago."""
+        surplus = len(self.ended) - KEPT_AT_HAND
+        if surplus > KEPT_AT_HAND:
+            self.fresh = False
+            for message_id in list(self.ended)[:surplus]:
+                del self.ended[message_id]
+
+    def spoken(self, key: str) -> int:
+        """How many characters of the chunk left in earlier pieces."""
+        return self.state.spoken.get(key, 0)
+
+    def speak_up_to(self, key: str, end: int | None) -> None:
+        """So many characters of the chunk have left; None: it has ended."""
+        if end is None and key not in self.state.spoken:
+            return
+        spoken = {other: count for other, count in self.state.spoken.items() if other != key}
+        self.update(spoken=spoken if end is None else spoken | {key: end})
+
+    def update(self, **changes: object) -> None:
+        """Change the state."""
+        self.state = replace(self.state, **changes)  # type: ignore[arg-type]  # fields of State, by name
+
+    def take_changes(self) -> Changes | None:
+        """What is new since the last time; None if nothing is."""
+        if not self._touched and not self._new and self.state is self._written:
+            return None
+        turns = {turn_id: replace(self.turns[turn_id]) for turn_id in self._touched}
+        changes = Changes(self.state, turns, self._new)
+        self._touched, self._new, self._written = set(), {}, self.state
+        return changes

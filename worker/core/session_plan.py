@@ -75,9 +75,10 @@ class SessionPlan:
         memory = self._book.memory
         if self._retiring is None:
             self._retiring = reason
-            memory.playing_until = min(memory.playing_until, now + self._rules.session_end_wait_s)
-        if memory.playing_until > now:
-            return Wait(memory.playing_until)
+            longest = now + self._rules.session_end_wait_s
+            memory.update(playing_until=min(memory.state.playing_until, longest))
+        if memory.state.playing_until > now:
+            return Wait(memory.state.playing_until)
         return Close(last_attempt=self._attempts.count + 1 >= END_ATTEMPTS)
 
     # What became of it.

@@ -5,8 +5,8 @@ from collections.abc import Iterator, Sequence
 from schemas.events import DiscardReason, SpeechFailure
 from worker.core import pieces, verdict
 from worker.core.book import Book
-from worker.core.memory import Turn, TurnState
-from worker.core.model import CallKind, CallResult, Entry, Piece, speak_of
+from worker.core.memory import Attempt, SentPart, TurnState
+from worker.core.model import CallKind, CallResult, Entry, Part, Piece, speak_of
 from worker.core.retry import Attempts
 from worker.core.work import Rules, Wait
 
@@ -14,6 +14,8 @@ CHARS_PER_S = 14.0
 """How fast an avatar speaks, to estimate when it has finished: the API does not tell (KALTURA.md)."""
 BLANK_WAIT_S = 1.0
 """How long white space waits for the word it belongs to."""
+RESUME_WAIT_S = 5.0
+"""How long the chunks of a piece whose outcome is unknown may take to be delivered again."""
 
 
 class Speech:
@@ -31,6 +33,8 @@ class Speech:
         self._rules = rules
         self._attempts = attempts
         self._blank_since: float | None = None
+        self._missing_since: float | None = None
+        self._doubtful: frozenset[str] = frozenset()
 
     def plan(self, now: float) -> Piece | Wait | None:
         """The piece to say now; None when the head of the book has ended instead."""
@@ -40,11 +44,13 @@ class Speech:
             self.drop()
         if self._end_unspeakable(now):
             return None
+        if self._memory.state.attempt is not None:
+            return self._resume(self._memory.state.attempt, now)
         run = list(self._run(now))
         if not any(speak_of(entry).text.strip() for entry in run):
             return self._plan_blank(run, now)
         self._blank_since = None
-        self.piece = pieces.compose(run, self._memory.spoken.get(run[0].key, 0))
+        self.piece = pieces.compose(run, self._memory.spoken(run[0].key))
         return self.piece
 
     def outdated(self, now: float) -> bool:
@@ -58,11 +64,48 @@ class Speech:
         """No piece is under way any more."""
         self.piece, self.perhaps_said = None, False
         self._attempts.rest()
+        self._settle_attempt()
 
     def begin(self, piece: Piece, now: float) -> None:
-        """The piece is about to leave: its turn is open, again if it was closed."""
+        """The piece is about to leave: its turn is open, again if it was closed, and the intent is noted."""
         if self._memory.turn(piece.turn_id, now).state is TurnState.CLOSED:
-            self._memory.turns[piece.turn_id] = Turn(touched=now)
+            self._memory.reopen(piece.turn_id, now)
+        parts = tuple(SentPart(part.entry.key, part.start, part.end, part.last) for part in piece.parts)
+        count = self._attempts.count
+        attempt = Attempt(piece.turn_id, piece.text, piece.is_final, parts, begun=now, count=count)
+        self._memory.update(attempt=attempt, number=self._memory.state.number + 1)
+
+    def doubt(self) -> None:
+        """The lane begins with an attempt that a worker left without an outcome: it may be running still."""
+        attempt = self._memory.state.attempt
+        if attempt is not None:
+            self._attempts.begun = attempt.begun
+            self._attempts.lost(self._rules.ambiguous_wait_s)
+
+    def _resume(self, attempt: Attempt, now: float) -> Piece | Wait | None:
+        """Say again, exactly as it was sent, what another worker was saying; its chunks come back first of all."""
+        waiting = {entry.key: entry for entry in self._book.chunks()}
+        if all(part.key in waiting for part in attempt.parts):
+            parts = tuple(Part(waiting[sent.key], sent.start, sent.end, sent.last) for sent in attempt.parts)
+            self.piece = Piece(attempt.turn_id, attempt.text, attempt.is_final, parts)
+            self.perhaps_said = True
+            self._attempts.count = attempt.count
+            if self._rules.ambiguous == "repeat":
+                return self.piece
+            self.fail(SpeechFailure.UNKNOWN_OUTCOME, CallResult(CallKind.UNKNOWN, error="the worker died"), now)
+            return None
+        self._missing_since = self._missing_since or now
+        if now < self._missing_since + RESUME_WAIT_S:
+            return Wait(self._missing_since + RESUME_WAIT_S)
+        # Chunks without an id cannot be recognised. What is left of the piece is said as it comes, and flagged.
+        self._doubtful = frozenset(part.key for part in attempt.parts)
+        self._settle_attempt()
+        return None
+
+    def _settle_attempt(self) -> None:
+        """Nothing is being attempted: it has an outcome, or surely had no effect."""
+        if self._memory.state.attempt is not None:
+            self._memory.update(attempt=None)
 
     # What became of it.
 
@@ -78,6 +121,8 @@ class Speech:
                 self._accept(piece, now)
             case CallKind.NOT_TAKEN:
                 self._attempts.again(now, jitter, result.retry_after_s)
+                if not self.perhaps_said:
+                    self._settle_attempt()
             case CallKind.UNKNOWN if self._rules.ambiguous == "repeat":
                 self._attempts.again(now, jitter)
             case CallKind.UNKNOWN:
@@ -92,11 +137,14 @@ class Speech:
         turn = memory.turn(piece.turn_id, now)
         turn.pieces += 1
         turn.text_length += len(piece.text)
-        memory.last_turn = piece.turn_id
-        memory.playing_until = max(memory.playing_until, now) + len(piece.text) / CHARS_PER_S
+        until = max(memory.state.playing_until, now) + len(piece.text) / CHARS_PER_S
+        memory.update(last_turn=piece.turn_id, playing_until=until)
         if turn.pieces == 1 and not turn.silent:
             self._book.tell(verdict.turn_started(conversation_id, piece))
-        told_blindly = any(part.entry.redelivered and part.entry.message_id is None for part in piece.parts)
+        told_blindly = any(
+            (part.entry.redelivered and part.entry.message_id is None) or part.entry.key in self._doubtful
+            for part in piece.parts
+        )
         accepted = verdict.accepted(
             conversation_id,
             piece,
@@ -105,7 +153,9 @@ class Speech:
             repeated=self.perhaps_said or told_blindly,
         )
         self._book.end([accepted], now)
-        memory.spoken.update({part.entry.key: part.end for part in piece.parts if not part.last})
+        for part in piece.parts:
+            if not part.last:
+                memory.speak_up_to(part.entry.key, part.end)
         if piece.is_final and not turn.silent:
             self.close(piece.turn_id, piece.parts[-1].entry, now, final_sent=True)
         self.drop()
@@ -176,6 +226,9 @@ class Speech:
             self._book.tell(verdict.turn_failed(conversation_id, head, "expired"))
         if self._speakable(head):
             return False
+        attempt = self._memory.state.attempt
+        if attempt is not None and attempt.turn_id == turn_id:
+            self._settle_attempt()
         run = list(self._book.run(turn_id))
         match self._memory.turn(turn_id, now).state:
             case TurnState.FAILED:

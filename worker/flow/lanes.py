@@ -2,35 +2,27 @@
 
 import asyncio
 import contextvars
-from collections.abc import Callable
 
 from worker.core import verdict
-from worker.core.lane import Lane
-from worker.core.memory import Memory
 from worker.core.model import Entry, Misfit
 from worker.core.work import Rules
 from worker.flow.desk import Desk
 from worker.flow.runner import Runner
 from worker.flow.settler import Settler
-from worker.ports import Clock
-
-PRUNE_S = 60.0
-REMEMBERED = 200_000
-"""Ended commands remembered in all: what a worker forgets beyond that would be spoken again if it were sent again."""
+from worker.ports import Clock, Ledger, Tenure
 
 
 class Lanes:
     """Routes what is delivered to the runner of its conversation, by a plain call: no await between broker and lane."""
 
-    def __init__(self, rules: Rules, desk: Desk, settler: Settler, clock: Clock, *, keep_s: float) -> None:
+    def __init__(self, rules: Rules, *, desk: Desk, ledger: Ledger, settler: Settler, clock: Clock) -> None:
         self._rules = rules
         self._desk = desk
+        self._ledger = ledger
         self._settler = settler
         self._clock = clock
-        self._keep_s = keep_s
         self._runners: dict[str, Runner] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._memories: dict[str, Memory] = {}
         self._stopping = False
 
     def offer(self, entry: Entry) -> None:
@@ -47,10 +39,10 @@ class Lanes:
         """Take a message that is no command."""
         self._settler.submit([verdict.rejected(misfit)])
 
-    def forget(self, is_gone: Callable[[Entry], bool]) -> None:
-        """The connection these came through is lost: they will be delivered again."""
+    def forget(self, tenure: Tenure) -> None:
+        """The tenure has ended: what came under it and has not ended will be delivered again."""
         for runner in self._runners.values():
-            runner.forget(is_gone)
+            runner.forget(tenure)
 
     def is_served(self, conversation_id: str) -> bool:
         """Whether the conversation has something to do here."""
@@ -74,30 +66,15 @@ class Lanes:
             await asyncio.wait(self._tasks)
         await self._settler.abandon()
 
-    async def prune(self) -> None:
-        """Forget, every minute, what is older than anybody may rely on."""
-        while True:
-            await asyncio.sleep(PRUNE_S)
-            self._prune(self._clock() - self._keep_s)
-
-    def _prune(self, before: float) -> None:
-        for conversation_id, memory in list(self._memories.items()):
-            memory.prune(before)
-            if not memory.ended and not memory.turns and conversation_id not in self._runners:
-                del self._memories[conversation_id]
-        surplus = sum(len(memory.ended) for memory in self._memories.values()) - REMEMBERED
-        for memory in self._memories.values():
-            if surplus <= 0:
-                break
-            oldest = list(memory.ended)[:surplus]
-            for message_id in oldest:
-                del memory.ended[message_id]
-            surplus -= len(oldest)
-
     def _start(self, conversation_id: str) -> Runner:
-        memory = self._memories.setdefault(conversation_id, Memory())
-        lane = Lane(conversation_id, self._rules, memory)
-        runner = Runner(conversation_id, lane, self._desk, self._settler, self._clock)
+        runner = Runner(
+            conversation_id,
+            self._rules,
+            desk=self._desk,
+            ledger=self._ledger,
+            settler=self._settler,
+            clock=self._clock,
+        )
         self._runners[conversation_id] = runner
         # A context of its own: the log context of the delivery that happened to come first is not for the others.
         task = asyncio.create_task(self._serve(conversation_id, runner), context=contextvars.Context())

@@ -1,50 +1,68 @@
-"""Drives one lane: asks it what to do, has it done, tells it what came of it. The loop of `Runner.run` is the product.
+"""Drives one lane: asks what to do, has it done, tells what came of it. The loop of `Runner._serve` is the product.
 
-A lane that fails (a bug, the store out of reach) is built again from what it held, after a pause; its neighbours never
-notice.
+What a lane knows of its conversation it has from the ledger, and it is true as long as the *tenure* lasts under which
+its commands were delivered: one channel's ownership of the partition. A lane whose tenure has ended is dropped, with
+all that waits in it, and built anew from the ledger when the commands come again. One that fails (a bug, the store out
+of reach) is dropped too, and built again from what it held, after a pause; its neighbours never notice.
 """
 
 import asyncio
 import random
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Awaitable, Sequence
 
 import structlog
 
 from worker.core.lane import Lane
-from worker.core.model import Entry
-from worker.core.work import Wait
+from worker.core.memory import Memory
+from worker.core.model import CallKind, CallResult, Entry
+from worker.core.verdict import Conclusion
+from worker.core.work import Call, Rules, Wait
+from worker.errors import LinkLost
 from worker.flow.desk import Desk
 from worker.flow.settler import Settler
 from worker.ops import logs
-from worker.ports import Clock
+from worker.ports import Clock, Delivery, Ledger, Tenure
 
 _log = structlog.stdlib.get_logger(__name__)
 
 PAUSE_S = 1.0
 LONGEST_PAUSE_S = 30.0
+INTENT_S = 1.0
+"""An intent older than this is not acted on, but written anew."""
 LINGER_S = 2.0
+"""How long a lane without work stays: a stream's next token comes soon, and building a lane reads the store."""
 
 
 class Runner:
     """One conversation while it has something to do."""
 
-    def __init__(self, conversation_id: str, lane: Lane, desk: Desk, settler: Settler, clock: Clock) -> None:
+    def __init__(
+        self, conversation_id: str, rules: Rules, *, desk: Desk, ledger: Ledger, settler: Settler, clock: Clock
+    ) -> None:
         self.conversation_id = conversation_id
-        self._lane = lane
+        self._rules = rules
         self._desk = desk
+        self._ledger = ledger
         self._settler = settler
         self._clock = clock
+        self._arrived: deque[Entry] = deque()
+        self._tenure: Tenure | None = None
+        self._memory = Memory()
+        self._lane = Lane(conversation_id, rules, self._memory)
         self._wake = asyncio.Event()
         self._stopping = asyncio.Event()
 
     def offer(self, entry: Entry) -> None:
-        """Hand a command to the lane."""
-        self._settler.submit(self._lane.offer(entry, self._clock()))
+        """Take a command; the lane has it as soon as no call is under way."""
+        self._arrived.append(entry)
         self._wake.set()
 
-    def forget(self, is_gone: Callable[[Entry], bool]) -> None:
-        """Drop what will be delivered again."""
-        self._lane.forget(is_gone)
+    def forget(self, tenure: Tenure) -> None:
+        """The tenure has ended: what it brought will be delivered again, to whoever owns the partition then."""
+        self._arrived = deque(entry for entry in self._arrived if tenure_of(entry) is not tenure)
+        if self._tenure is tenure:
+            self._tenure = None
         self._wake.set()
 
     def stop(self) -> None:
@@ -57,33 +75,90 @@ class Runner:
         pause_s = PAUSE_S
         while not self._stopping.is_set():
             try:
-                self._lane.begin(await self._desk.recall(self.conversation_id))
                 await self._serve()
+                break
             except Exception:  # noqa: BLE001 - whatever it was, it is this conversation's alone
                 _log.exception(logs.LANE_CRASHED, conversation_id=self.conversation_id, pause_s=pause_s)
-            else:
-                return
             await _before(self._stopping, pause_s)
             pause_s = min(pause_s * 2, LONGEST_PAUSE_S)
-            self._lane = self._lane.rebuilt()
+            if self._tenure is not None:
+                self._arrived.extendleft(reversed(self._lane.entries))
+                self._tenure = None
 
     async def _serve(self) -> None:
         while not self._stopping.is_set():
             self._wake.clear()
+            await self._admit()
             step = self._lane.next(self._clock())
-            self._settler.submit(step.conclusions)
+            self._submit(step.conclusions)
             if step.work is None:
-                # A stream's next token comes soon; starting anew for each would ask the store each time.
                 await _before(self._wake, LINGER_S)
-                if not len(self._lane):
+                if not self._arrived:
                     return
-                continue
-            if isinstance(step.work, Wait):
+            elif isinstance(step.work, Wait):
                 await _before(self._wake, step.work.until - self._clock())
-                continue
-            result, got = await self._desk.carry_out(self.conversation_id, step.work)
-            jitter = random.random()  # noqa: S311 - spreads retries, guards nothing
-            self._settler.submit(self._lane.done(step.work, result, self._clock(), got=got, jitter=jitter))
+            else:
+                await self._call(step.work)
+
+    async def _admit(self) -> None:
+        """Hand what has arrived to the lane, once it is known whether it ended before."""
+        if self._tenure is None:
+            self._lane = Lane(self.conversation_id, self._rules, Memory())
+        while self._arrived:
+            tenure = tenure_of(self._arrived[0])
+            if tenure is not self._tenure:
+                if len(self._lane):
+                    return
+                await self._begin(tenure)
+            await self._look_up({entry.message_id for entry in self._arrived if entry.message_id is not None})
+            while self._arrived and tenure_of(self._arrived[0]) is tenure is self._tenure:
+                self._submit(self._lane.offer(self._arrived.popleft(), self._clock()))
+
+    async def _look_up(self, message_ids: set[str]) -> None:
+        self._memory.trim()
+        unknown = message_ids - self._memory.ended.keys()
+        if unknown and not self._memory.fresh:
+            self._memory.ended |= await self._ledger.known(self.conversation_id, list(unknown))
+
+    async def _begin(self, tenure: Tenure) -> None:
+        """A lane for this tenure, with what the ledger and the store know of the conversation."""
+        self._tenure = tenure
+        session = await self._desk.recall(self.conversation_id)
+        self._memory = await self._ledger.recall(self.conversation_id)
+        self._lane = Lane(self.conversation_id, self._rules, self._memory)
+        self._lane.begin(session)
+
+    async def _call(self, call: Call) -> None:
+        """The intent is written, the call made, its outcome recorded: in this order, or not at all."""
+        asked, tenure = self._clock(), self._tenure
+        if tenure is None:
+            return
+        try:
+            epoch = await tenure.epoch()
+        except LinkLost:
+            return
+        if not await self._ledger.intend(self.conversation_id, self._memory.take_changes(), tenure.partition, epoch):
+            tenure.refused()
+            return
+        result, got = CallResult(CallKind.NOT_TAKEN, error="the intent took too long"), None
+        # Whoever owns the partition next counts the ambiguity wait from when the attempt began.
+        if self._tenure is tenure and self._clock() - asked < INTENT_S:
+            result, got = await self._desk.carry_out(self.conversation_id, call)
+        jitter = random.random()  # noqa: S311 - spreads retries, guards nothing
+        self._submit(self._lane.done(call, result, self._clock(), got=got, jitter=jitter))
+
+    def _submit(self, conclusions: Sequence[Conclusion]) -> None:
+        changes = self._memory.take_changes()
+        recorded: Awaitable[object] | None = None
+        if changes is not None:
+            recorded = self._ledger.record(self.conversation_id, changes)
+        self._settler.submit(conclusions, recorded)
+
+
+def tenure_of(entry: Entry) -> Tenure:
+    """The ownership an entry was delivered under."""
+    assert isinstance(entry.delivery, Delivery)
+    return entry.delivery.tenure
 
 
 async def _before(event: asyncio.Event, seconds: float) -> None:

@@ -6,7 +6,8 @@ The only caller of `Delivery.settle`. Speech does not wait for it: a listener ca
 import asyncio
 import contextvars
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Awaitable, Iterable
+from dataclasses import dataclass
 
 import structlog
 
@@ -17,23 +18,29 @@ from worker.ports import Delivery, Outbox
 _log = structlog.stdlib.get_logger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class _Submitted:
+    conclusion: Conclusion
+    recorded: Awaitable[object] | None
+
+
 class Settler:
     """One queue of conclusions per conversation, each emptied by a task that ends with it."""
 
     def __init__(self, outbox: Outbox) -> None:
         self._outbox = outbox
-        self._queues: dict[str, deque[Conclusion]] = {}
+        self._queues: dict[str, deque[_Submitted]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def submit(self, conclusions: Iterable[Conclusion]) -> None:
-        """Carry these out after all that was submitted for the same conversation before."""
+    def submit(self, conclusions: Iterable[Conclusion], recorded: Awaitable[object] | None = None) -> None:
+        """Carry these out after all that was submitted for the same conversation before, and when they are recorded."""
         for conclusion in conclusions:
             subject = conclusion.event.subject
             queue = self._queues.get(subject)
             if queue is not None:
-                queue.append(conclusion)
+                queue.append(_Submitted(conclusion, recorded))
                 continue
-            self._queues[subject] = deque([conclusion])
+            self._queues[subject] = deque([_Submitted(conclusion, recorded)])
             # A context of its own: the log context of the delivery that happened to come first is not for the others.
             task = asyncio.create_task(self._empty(subject), context=contextvars.Context())
             self._tasks.add(task)
@@ -59,9 +66,12 @@ class Settler:
         finally:
             del self._queues[subject]
 
-    async def _carry_out(self, conclusion: Conclusion) -> None:
+    async def _carry_out(self, submitted: _Submitted) -> None:
+        conclusion = submitted.conclusion
         event = conclusion.event
         try:
+            if submitted.recorded is not None:
+                await submitted.recorded
             if conclusion.parked is not None:
                 for entry in conclusion.entries:
                     await self._outbox.park(_delivery(entry.delivery), conclusion.parked)

@@ -1,0 +1,222 @@
+"""The ledger in SQL, with group commit: what many lanes write while one transaction runs goes into the next."""
+
+import asyncio
+import contextlib
+import json
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import sqlalchemy as sa
+import structlog
+from sqlalchemy.dialects.sqlite import insert
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from schemas.events import EVENT_TYPES, Event
+from worker.core.memory import Attempt, Changes, Ended, Memory, SentPart, State, Turn, TurnState
+from worker.ops import logs
+from worker.ports import Clock
+from worker.stores.database import Database
+from worker.stores.tables import commands, conversations, endings, partitions, turns
+
+_log = structlog.stdlib.get_logger(__name__)
+
+PAUSE_S = 0.2
+LONGEST_PAUSE_S = 5.0
+PRUNE_ROWS = 500
+"""Rows a transaction of `prune` deletes at most, so that speech does not wait for it."""
+
+_DATA_TYPES = {name: data for data, name in EVENT_TYPES.items()}
+
+
+@dataclass(slots=True)
+class _Job:
+    """One write: `epoch` None for what is written whoever owns the partition."""
+
+    conversation_id: str
+    changes: Changes | None
+    partition: int
+    epoch: int | None
+    done: asyncio.Future[bool]
+
+
+class SqlLedger:
+    """`ports.Ledger` in a `Database`. Writes only while `run` runs."""
+
+    def __init__(self, database: Database, clock: Clock) -> None:
+        self._database = database
+        self._clock = clock
+        self._jobs: deque[_Job] = deque()
+        self._wake = asyncio.Event()
+
+    async def run(self) -> None:
+        """Write what is asked for, until cancelled; what was asked for before that is written."""
+        try:
+            while True:
+                await self._wake.wait()
+                await self._flush()
+        finally:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LONGEST_PAUSE_S):
+                    await self._flush()
+
+    async def recall(self, conversation_id: str) -> Memory:
+        """See `ports.Ledger`, here and below."""
+        async with self._database.reading() as connection:
+            row = (
+                await connection.execute(
+                    sa.select(conversations.c.state).where(conversations.c.conversation_id == conversation_id)
+                )
+            ).one_or_none()
+            if row is None:
+                return Memory()
+            found = await connection.execute(sa.select(turns).where(turns.c.conversation_id == conversation_id))
+            known = {one.turn_id: Turn(TurnState(one.state), one.pieces, one.text_length, one.touched) for one in found}
+        return Memory(_state(row.state), known, fresh=False)
+
+    async def known(self, conversation_id: str, message_ids: Sequence[str]) -> dict[str, Ended]:
+        """One look-up for all."""
+        wanted = sa.and_(commands.c.conversation_id == conversation_id, commands.c.message_id.in_(message_ids))
+        query = (
+            sa.select(commands.c.message_id, commands.c.fingerprint, commands.c.touched, endings.c.event)
+            .join(endings, endings.c.ending_id == commands.c.ending_id)
+            .where(wanted)
+        )
+        async with self._database.reading() as connection:
+            found = await connection.execute(query)
+            return {row.message_id: Ended(row.fingerprint, _event(row.event), row.touched) for row in found}
+
+    def intend(self, conversation_id: str, changes: Changes | None, partition: int, epoch: int) -> asyncio.Future[bool]:
+        """Written only if that epoch is the partition's newest."""
+        return self._ask(conversation_id, changes, partition, epoch)
+
+    def record(self, conversation_id: str, changes: Changes) -> asyncio.Future[bool]:
+        """Written in any case."""
+        return self._ask(conversation_id, changes, -1, None)
+
+    async def raise_epoch(self, partition: int) -> int:
+        """One statement."""
+        first = insert(partitions).values(partition=partition, epoch=1)
+        statement = first.on_conflict_do_update(
+            index_elements=["partition"], set_={"epoch": partitions.c.epoch + 1}
+        ).returning(partitions.c.epoch)
+        async with self._database.writing() as connection:
+            return int((await connection.execute(statement)).scalar_one())
+
+    async def prune(self, before: float) -> None:
+        """A batch at a time."""
+        for table in (commands, endings, turns, conversations):
+            key = list(table.primary_key.columns)
+            stale = sa.select(*key).where(table.c.touched < before).limit(PRUNE_ROWS)
+            full = True
+            while full:
+                async with self._database.writing() as connection:
+                    result = await connection.execute(sa.delete(table).where(sa.tuple_(*key).in_(stale)))
+                    full = result.rowcount == PRUNE_ROWS
+
+    def _ask(
+        self, conversation_id: str, changes: Changes | None, partition: int, epoch: int | None
+    ) -> asyncio.Future[bool]:
+        done: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self._jobs.append(_Job(conversation_id, changes, partition, epoch, done))
+        self._wake.set()
+        return done
+
+    async def _flush(self) -> None:
+        """Write all there is in one transaction; try until the store takes it."""
+        pause_s = PAUSE_S
+        while self._jobs:
+            batch = list(self._jobs)
+            try:
+                granted = await self._write(batch)
+            except sa.exc.DBAPIError as error:
+                _log.error(logs.STORE_FAILED, error=str(error.orig), again_in_s=pause_s)
+                await asyncio.sleep(pause_s)
+                pause_s = min(pause_s * 2, LONGEST_PAUSE_S)
+                continue
+            pause_s = PAUSE_S
+            for job, grant in zip(batch, granted, strict=True):
+                self._jobs.popleft()
+                if not job.done.done():
+                    job.done.set_result(grant)
+        self._wake.clear()
+
+    async def _write(self, batch: Sequence[_Job]) -> list[bool]:
+        async with self._database.writing() as connection:
+            epochs: dict[int, int] = {}
+            if any(job.epoch is not None for job in batch):
+                epochs = {row.partition: row.epoch for row in await connection.execute(sa.select(partitions))}
+            granted = [job.epoch is None or epochs.get(job.partition) == job.epoch for job in batch]
+            wanted = [job for job, grant in zip(batch, granted, strict=True) if grant and job.changes is not None]
+            await _put(connection, wanted, self._clock())
+        return granted
+
+
+async def _put(connection: AsyncConnection, jobs: Iterable[_Job], now: float) -> None:
+    rows: dict[sa.Table, list[Mapping[str, Any]]] = {conversations: [], turns: [], endings: [], commands: []}
+    for job in jobs:
+        changes, conversation_id = job.changes, job.conversation_id
+        assert changes is not None
+        rows[conversations].append(
+            {
+                "conversation_id": conversation_id,
+                "number": changes.state.number,
+                "state": json.dumps(asdict(changes.state)),
+                "touched": now,
+            }
+        )
+        rows[turns] += [
+            {"conversation_id": conversation_id, "turn_id": turn_id} | asdict(turn)
+            for turn_id, turn in changes.turns.items()
+        ]
+        for message_id, ended in changes.ended.items():
+            ending_id = ended.event.id("")
+            rows[endings].append({"ending_id": ending_id, "event": _text(ended.event), "touched": ended.at})
+            rows[commands].append(
+                {
+                    "conversation_id": conversation_id,
+                    "message_id": message_id,
+                    "fingerprint": ended.fingerprint,
+                    "ending_id": ending_id,
+                    "touched": ended.at,
+                }
+            )
+    for table, statement in _STATEMENTS.items():
+        if rows[table]:
+            await connection.execute(statement, rows[table])
+
+
+def _upsert(table: sa.Table) -> Any:
+    statement = insert(table)
+    key = list(table.primary_key.columns)
+    others = {column.name: statement.excluded[column.name] for column in table.columns if column not in key}
+    newer = table.c.number <= statement.excluded.number if "number" in table.c else None
+    return statement.on_conflict_do_update(index_elements=key, set_=others, where=newer)
+
+
+_STATEMENTS: dict[sa.Table, Any] = {
+    conversations: _upsert(conversations),
+    turns: _upsert(turns),
+    endings: insert(endings).on_conflict_do_nothing(),
+    commands: insert(commands).on_conflict_do_nothing(),
+}
+
+
+def _text(event: Event) -> str:
+    data = event.data.model_dump(mode="json", by_alias=True, exclude_none=True)
+    return json.dumps([event.type, event.conversation_id, event.key, event.traceparent, data])
+
+
+def _event(text: str) -> Event:
+    event_type, conversation_id, key, traceparent, data = json.loads(text)
+    return Event(conversation_id, _DATA_TYPES[event_type].model_validate(data), key, traceparent)
+
+
+def _state(text: str) -> State:
+    document = json.loads(text)
+    attempt = document.pop("attempt")
+    if attempt is not None:
+        parts = tuple(SentPart(**part) for part in attempt.pop("parts"))
+        attempt = Attempt(parts=parts, **attempt)
+    return State(attempt=attempt, **document)
