@@ -70,13 +70,14 @@ class Lane:
         self._book.add(entry)
         return self._book.take()
 
-    def next(self, now: float) -> Step:
-        """What has ended by now, and the next work. Not while a call is under way."""
+    def next(self, now: float, hold_until: float = 0.0) -> Step:
+        """What has ended by now, and the next work. Not while a call is under way; no call before `hold_until`."""
         assert not self._calling, "one thing at a time"
         work = self._plan(now)
         if work is not None and not isinstance(work, Wait):
-            if self._attempts.busy_until > now:
-                work = Wait(self._attempts.busy_until)
+            free_at = max(self._attempts.busy_until, hold_until)
+            if free_at > now:
+                work = Wait(free_at)
             else:
                 self._calling = True
                 self._attempts.begin(now)

@@ -123,12 +123,16 @@ class CallKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class CallResult:
-    """The outcome of one call: `status` is the HTTP status (None: no answer), `retry_after_s` the server's wish."""
+    """The outcome of one call: `status` is the HTTP status (None: no answer), `retry_after_s` the server's wish.
+
+    `local`: the trouble is this session's own, and says nothing about the API.
+    """
 
     kind: CallKind
     status: int | None = None
     retry_after_s: float | None = None
     error: str = ""
+    local: bool = False
 
 
 def speak_of(entry: Entry) -> Speak:

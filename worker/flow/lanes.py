@@ -4,6 +4,7 @@ import asyncio
 import contextvars
 
 from worker.core import verdict
+from worker.core.breaker import Breaker
 from worker.core.model import Entry, Misfit
 from worker.core.work import Rules
 from worker.flow.desk import Desk
@@ -17,6 +18,7 @@ class Lanes:
 
     def __init__(self, rules: Rules, *, desk: Desk, ledger: Ledger, settler: Settler, clock: Clock) -> None:
         self._rules = rules
+        self._breaker = Breaker()
         self._desk = desk
         self._ledger = ledger
         self._settler = settler
@@ -70,6 +72,7 @@ class Lanes:
         runner = Runner(
             conversation_id,
             self._rules,
+            breaker=self._breaker,
             desk=self._desk,
             ledger=self._ledger,
             settler=self._settler,

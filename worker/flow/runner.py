@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Sequence
 
 import structlog
 
+from worker.core.breaker import Breaker
 from worker.core.lane import Lane
 from worker.core.memory import Memory
 from worker.core.model import CallKind, CallResult, Entry
@@ -38,10 +39,19 @@ class Runner:
     """One conversation while it has something to do."""
 
     def __init__(
-        self, conversation_id: str, rules: Rules, *, desk: Desk, ledger: Ledger, settler: Settler, clock: Clock
+        self,
+        conversation_id: str,
+        rules: Rules,
+        *,
+        breaker: Breaker,
+        desk: Desk,
+        ledger: Ledger,
+        settler: Settler,
+        clock: Clock,
     ) -> None:
         self.conversation_id = conversation_id
         self._rules = rules
+        self._breaker = breaker
         self._desk = desk
         self._ledger = ledger
         self._settler = settler
@@ -89,7 +99,8 @@ class Runner:
         while not self._stopping.is_set():
             self._wake.clear()
             await self._admit()
-            step = self._lane.next(self._clock())
+            now = self._clock()
+            step = self._lane.next(now, self._breaker.hold_until(now))
             self._submit(step.conclusions)
             if step.work is None:
                 await _before(self._wake, LINGER_S)
@@ -98,7 +109,12 @@ class Runner:
             elif isinstance(step.work, Wait):
                 await _before(self._wake, step.work.until - self._clock())
             else:
-                await self._call(step.work)
+                result = None
+                self._breaker.begin()
+                try:
+                    result = await self._call(step.work)
+                finally:
+                    self._breaker.record(result, self._clock())
 
     async def _admit(self) -> None:
         """Hand what has arrived to the lane, once it is known whether it ended before."""
@@ -128,24 +144,25 @@ class Runner:
         self._lane = Lane(self.conversation_id, self._rules, self._memory)
         self._lane.begin(session)
 
-    async def _call(self, call: Call) -> None:
+    async def _call(self, call: Call) -> CallResult | None:
         """The intent is written, the call made, its outcome recorded: in this order, or not at all."""
         asked, tenure = self._clock(), self._tenure
         if tenure is None:
-            return
+            return None
         try:
             epoch = await tenure.epoch()
         except LinkLost:
-            return
+            return None
         if not await self._ledger.intend(self.conversation_id, self._memory.take_changes(), tenure.partition, epoch):
             tenure.refused()
-            return
-        result, got = CallResult(CallKind.NOT_TAKEN, error="the intent took too long"), None
+            return None
+        result, got = CallResult(CallKind.NOT_TAKEN, error="the intent took too long", local=True), None
         # Whoever owns the partition next counts the ambiguity wait from when the attempt began.
         if self._tenure is tenure and self._clock() - asked < INTENT_S:
             result, got = await self._desk.carry_out(self.conversation_id, call)
         jitter = random.random()  # noqa: S311 - spreads retries, guards nothing
         self._submit(self._lane.done(call, result, self._clock(), got=got, jitter=jitter))
+        return result
 
     def _submit(self, conclusions: Sequence[Conclusion]) -> None:
         changes = self._memory.take_changes()
