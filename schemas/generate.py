@@ -27,7 +27,9 @@ def documents() -> dict[str, dict[str, Any]]:
         schema = TypeAdapter(data).json_schema(mode="serialization")
         schema.pop("additionalProperties")  # Listeners should live with fields that a later version adds.
         schema["properties"] = {"conversationId": {"type": "string"}} | schema["properties"]
-        schema["required"] = ["conversationId", *schema.get("required", [])]
+        # What has a value by default is always sent.
+        sent = [name for name, field in schema["properties"].items() if field.get("default") is not None]
+        schema["required"] = ["conversationId", *schema["required"], *sent]
         found[f"event.{event_type}.json"] = schema
     for name, schema in found.items():
         schema["title"] = name.removesuffix(".json")

@@ -7,9 +7,14 @@ import argparse
 import asyncio
 import sys
 from collections.abc import Coroutine, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from worker.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from worker.settings import BrokerSettings
+
+_S = TypeVar("_S", bound="BrokerSettings")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,27 +63,33 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(_options: argparse.Namespace) -> int:
     from worker import app  # noqa: PLC0415
-    from worker.ops import logs  # noqa: PLC0415
-    from worker.settings import Settings, load  # noqa: PLC0415
+    from worker.settings import Settings  # noqa: PLC0415
 
-    settings = load(Settings)
-    logs.configure(settings.log_level, settings.log_format)
-    _await(app.run(settings))
+    _await(app.run(_load(Settings)))
     return 0
 
 
 def _topology(_options: argparse.Namespace) -> int:
     from worker import operate  # noqa: PLC0415
-    from worker.settings import Settings, load  # noqa: PLC0415
+    from worker.settings import TopologySettings  # noqa: PLC0415
 
-    return int(_await(operate.declare_topology(load(Settings))))
+    return int(_await(operate.declare_topology(_load(TopologySettings))))
 
 
 def _parked_list(options: argparse.Namespace) -> int:
     from worker import operate  # noqa: PLC0415
-    from worker.settings import BrokerSettings, load  # noqa: PLC0415
+    from worker.settings import BrokerSettings  # noqa: PLC0415
 
-    return int(_await(operate.list_parked(load(BrokerSettings), limit=options.limit, as_json=options.json)))
+    return int(_await(operate.list_parked(_load(BrokerSettings), limit=options.limit, as_json=options.json)))
+
+
+def _load(kind: "type[_S]") -> "_S":
+    from worker import settings  # noqa: PLC0415
+    from worker.ops import logs  # noqa: PLC0415
+
+    found = settings.load(kind)
+    logs.configure(found.log_level, found.log_format)
+    return found
 
 
 def _await(work: Coroutine[Any, Any, Any]) -> Any:

@@ -11,12 +11,12 @@ from rich.table import Table
 from worker.amqp import link, parked, topology
 from worker.amqp.topology import Record
 from worker.errors import ConfigurationError
-from worker.settings import BrokerSettings, Settings
+from worker.settings import BrokerSettings, TopologySettings
 from worker.stores.database import Database
 from worker.stores.sessions import SqlSessions
 
 
-async def declare_topology(settings: Settings) -> int:
+async def declare_topology(settings: TopologySettings) -> int:
     """Declare what the contract names and print what stands there; returns the exit code."""
     database = await Database.open(settings.store_url)
     try:
@@ -29,7 +29,7 @@ async def declare_topology(settings: Settings) -> int:
     table = Table("queue", "messages", "consumers")
     for row in rows:
         table.add_row(row.queue, str(row.messages), str(row.consumers))
-    Console().print(table)
+    _print(table)
     return 0
 
 
@@ -48,8 +48,13 @@ async def list_parked(settings: BrokerSettings, *, limit: int, as_json: bool) ->
     for row in found:
         at = datetime.fromtimestamp(row.parked_at_ms / 1000, UTC).isoformat(timespec="seconds")
         table.add_row(at, row.reason, row.routing_key, row.message_id, str(row.attempts), row.error)
-    Console().print(table)
+    _print(table)
     return 0
+
+
+def _print(table: Table) -> None:
+    # What others chose is shown as it is: rich would take [b] in a routing key for mark-up, and raise at [/b].
+    Console(markup=False, emoji=False, highlight=False).print(table)
 
 
 def _connected(settings: BrokerSettings) -> link.Connected:

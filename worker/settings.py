@@ -28,7 +28,6 @@ class BrokerSettings(BaseSettings):
 
     amqp_url: SecretStr = SecretStr("amqp://guest:guest@127.0.0.1:5672/")
     heartbeat_s: Annotated[int, Field(ge=1, le=600)] = 10
-    partitions: Annotated[int, Field(ge=1, le=MAX_PARTITIONS)] = 1
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["auto", "console", "json"] = "auto"
 
@@ -44,7 +43,21 @@ class BrokerSettings(BaseSettings):
         return value.lower() if isinstance(value, str) else value
 
 
-class Settings(BrokerSettings):
+class TopologySettings(BrokerSettings):
+    """What all workers of a broker must agree on, since it stands written there."""
+
+    partitions: Annotated[int, Field(ge=1, le=MAX_PARTITIONS)] = 1
+    store_url: str = "sqlite:///avatar-worker.db"
+
+    @field_validator("store_url")
+    @classmethod
+    def _is_sqlite(cls, value: str) -> str:
+        if value != "sqlite://" and value.removeprefix("sqlite:///") in ("", value):
+            raise ValueError("must be sqlite:///FILE (or sqlite:// for memory); no other store is supported yet")
+        return value
+
+
+class Settings(TopologySettings):
     """Everything `worker run` needs."""
 
     prefetch: Annotated[int, Field(ge=1, le=65535)] = 2000
@@ -67,8 +80,6 @@ class Settings(BrokerSettings):
     avatar_timeout_s: Timeout = 10
     avatar_create_timeout_s: Timeout = 20
     interrupt_timeout_s: Timeout = 2
-
-    store_url: str = "sqlite:///avatar-worker.db"
 
     speech_shaping: Literal["sentences", "off"] = "sentences"
     speech_max_age_s: Seconds = 120
@@ -110,11 +121,12 @@ class Settings(BrokerSettings):
             raise ValueError("must begin with / (or be empty: create is then posted to the base itself)")
         return value
 
-    @field_validator("store_url")
+    @field_validator("avatar_ks")
     @classmethod
-    def _is_sqlite(cls, value: str) -> str:
-        if value != "sqlite://" and not value.startswith("sqlite:///"):
-            raise ValueError("must be sqlite:///FILE (or sqlite:// for memory); no other store is supported yet")
+    def _fits_a_header(cls, value: SecretStr | None) -> SecretStr | None:
+        ks = value.get_secret_value().strip() if value else None
+        if ks is not None and not (ks and ks.isascii() and ks.isprintable() and " " not in ks):
+            raise ValueError("must be printable ASCII without blanks")
         return value
 
     @model_validator(mode="after")

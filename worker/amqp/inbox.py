@@ -21,7 +21,7 @@ from pamqp import commands as spec
 from schemas import routes
 from schemas.commands import FieldError, Malformed, RejectReason, parse
 from worker.amqp import topology
-from worker.amqp.lenient import printable
+from worker.amqp.lenient import printable, readable
 from worker.amqp.link import LOSSES
 from worker.amqp.topology import Record
 from worker.core.model import Entry, Misfit, ReplyTo
@@ -248,7 +248,7 @@ def read(delivery: AmqpDelivery) -> Entry | Misfit:
     headers = properties.headers or {}
     routing_key = delivery.delivered.routing_key or ""
     command = parse(bytes(message.body), routing_key)
-    message_id = printable(properties.message_id) if properties.message_id else None
+    message_id = readable(properties.message_id) if properties.message_id else None
     key = message_id or uuid.uuid4().hex
     traceparent = headers.get("traceparent")
     if not isinstance(traceparent, str) or not _TRACEPARENT.fullmatch(traceparent):
@@ -284,7 +284,9 @@ def _born(published_at_ms: object, timestamp: datetime | None, received: float) 
 
 
 def _reply_to(queue: str | None, correlation_id: str | None, timeout_ms: object) -> ReplyTo | None:
-    if not queue or queue.startswith("avatar.") or printable(queue) != queue:
+    if not queue or queue.startswith("avatar.") or readable(queue) != queue:
         return None
     expires_ms = timeout_ms if isinstance(timeout_ms, int) and 0 < timeout_ms <= 3_600_000 else _REPLY_EXPIRES_MS
-    return ReplyTo(queue, printable(correlation_id) if correlation_id else None, int(expires_ms))
+    if correlation_id is not None and readable(correlation_id) != correlation_id:
+        correlation_id = None  # not UTF-8: it cannot be sent back as it was, and escaped it would match nothing
+    return ReplyTo(queue, correlation_id, int(expires_ms))

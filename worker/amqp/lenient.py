@@ -3,7 +3,8 @@
 A routing key, a `message_id` or a header name that is not UTF-8, or a timestamp beyond the calendar, makes pamqp raise.
 The connection dies of it, again at every redelivery, and so does every standby in turn: one message stops the fleet.
 Decoded leniently, the message is a command like any other, or is rejected like any other. Undecodable bytes become
-lone surrogates (`surrogateescape`), which `printable` turns into `\\xNN`.
+lone surrogates (`surrogateescape`), which `readable` turns into `\\xNN`. Of tables within tables only a few levels are
+read: twenty thousand fit into one header.
 """
 
 from collections.abc import Callable
@@ -13,18 +14,25 @@ from typing import Any
 from pamqp import decode
 
 _EPOCH = datetime.fromtimestamp(0, tz=UTC)
+_DEEPEST = 8
+_UNREADABLE = (ValueError, IndexError, OverflowError)
 
 
 def install() -> None:
     """Replace pamqp's decoders of short strings, time stamps and tables, for the whole process. May be called again."""
     decode.METHODS.update(shortstr=_short_string, timestamp=_timestamp, table=_table)
-    decode.TABLE_MAPPING.update({b"T": _timestamp, b"F": _table, b"A": _guarded(decode.field_array, list)})
+    table, array = _Nested(_table, dict), _Nested(decode.field_array, list)
+    decode.TABLE_MAPPING.update({b"T": _timestamp, b"F": table, b"A": array})
+
+
+def readable(text: str) -> str:
+    """The text with undecodable bytes escaped, so that it can be encoded; anything else is as it was."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def printable(text: str) -> str:
-    """The text with undecodable bytes and control characters escaped, safe for JSON, logs and AMQP."""
-    readable = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in readable)
+    """The text with undecodable bytes and control characters escaped, safe to show to a person."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in readable(text))
 
 
 def _short_string(value: bytes) -> tuple[int, str]:
@@ -51,21 +59,31 @@ def _table(value: bytes) -> tuple[int, dict[str, Any]]:
             offset += consumed
             consumed, found[name] = decode.embedded_value(value[offset:end])
             offset += consumed
-    except (ValueError, IndexError, OverflowError):
+    except _UNREADABLE:
         pass
     return end, found
 
 
-def _guarded(decoder: Callable[[bytes], tuple[int, Any]], empty: Callable[[], Any]) -> Any:
-    """A decoder of something that begins with its length, which gives up on the value instead of raising."""
+class _Nested:
+    """A decoder of a table or an array within another: where it lies too deep or cannot be read, it is empty."""
 
-    def guarded(value: bytes) -> tuple[int, Any]:
+    _depth = 0
+
+    def __init__(self, decoder: Callable[[bytes], tuple[int, Any]], empty: Callable[[], Any]) -> None:
+        self._decoder = decoder
+        self._empty = empty
+
+    def __call__(self, value: bytes) -> tuple[int, Any]:
+        end = 4 + int.from_bytes(value[:4], "big")
+        if _Nested._depth == _DEEPEST:
+            return end, self._empty()
+        _Nested._depth += 1
         try:
-            return decoder(value)
-        except (ValueError, IndexError, OverflowError):
-            return 4 + int.from_bytes(value[:4], "big"), empty()
-
-    return guarded
+            return self._decoder(value[:end])
+        except _UNREADABLE:
+            return end, self._empty()
+        finally:
+            _Nested._depth -= 1
 
 
 _pamqp_timestamp = decode.timestamp

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 import aio_pika
 import structlog
 from aio_pika.abc import AbstractConnection
-from aio_pika.exceptions import AMQPError
+from aio_pika.exceptions import CONNECTION_EXCEPTIONS
 
 from worker.amqp import lenient
 from worker.errors import ConfigurationError, LinkLost
@@ -21,8 +21,8 @@ CONNECT_TIMEOUT_S = 10.0
 FIRST_PAUSE_S = 0.2
 LONGEST_PAUSE_S = 10.0
 
-LOSSES = (AMQPError, LinkLost, OSError, TimeoutError)
-"""What it may mean that the broker went away."""
+LOSSES = (*CONNECTION_EXCEPTIONS, LinkLost, TimeoutError)
+"""What it may mean that the broker went away: among them the RuntimeError of a channel that is closed already."""
 
 
 async def connect(url: str, *, name: str, heartbeat_s: int) -> AbstractConnection:

@@ -6,6 +6,7 @@ in flight apart by that.
 """
 
 import asyncio
+import contextlib
 import json
 import uuid
 from collections.abc import Mapping
@@ -116,7 +117,8 @@ class Outbox:
                     await channel.default_exchange.publish(message, routes.PARKED, timeout=CONFIRM_TIMEOUT_S)
                 except PublishError:
                     _log.error(logs.PARKING_FAILED, hint=f"the queue {routes.PARKED} is gone; declaring it again")
-                    await topology.declare_outgoing(channel)
+                    with contextlib.suppress(*LOSSES):
+                        await topology.declare_outgoing(channel)
                 except LOSSES:
                     pass
                 else:

@@ -10,20 +10,24 @@ avatar-exchange, avatar-routing-key    where it had been published
 
 import json
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 
 from aio_pika import DeliveryMode, Message
 from aio_pika.abc import AbstractConnection, HeadersType
+from pamqp import encode
 
 from schemas import routes
 from worker.amqp.inbox import AmqpDelivery
-from worker.amqp.lenient import printable
+from worker.amqp.lenient import printable, readable
 from worker.core.verdict import Parked
 from worker.ops.logs import redacted
 
 _SHORT_BYTES = 255
-_TOKEN = re.compile(rb'("token"\s*:\s*)"(?:[^"\\]|\\.)*"?', re.DOTALL)
+_VALUE_BYTES = 4096
+_HEADERS_BYTES = 65_536
+"""Of the original headers in all: with ours they must fit into one frame (128 KiB), or the broker hangs up on us."""
+_TOKEN = re.compile(rb"""(["']?token["']?\s*[:=]\s*)("(?:[^"\\]|\\.)*"?|[^\s,}]+)""", re.DOTALL | re.IGNORECASE)
 _REDACTED = "[redacted]"
 
 
@@ -44,11 +48,7 @@ def parked_copy(delivery: AmqpDelivery, parked: Parked, now: float) -> Message:
     original, delivered = delivery.message, delivery.delivered
     properties = original.header.properties
     headers: HeadersType = {
-        _fit(name): _fit(value, 4096) if isinstance(value, str) else value
-        for name, value in (properties.headers or {}).items()
-        if isinstance(value, str | bool | int | float)
-    }
-    headers |= {
+        **_kept(properties.headers or {}),
         "avatar-reason": parked.reason,
         "avatar-error": redacted(parked.error),
         "avatar-attempts": parked.attempts,
@@ -60,7 +60,7 @@ def parked_copy(delivery: AmqpDelivery, parked: Parked, now: float) -> Message:
     return Message(
         without_token(bytes(original.body)),
         headers=headers,
-        content_type=_fit(properties.content_type or "application/json"),
+        content_type=_fit(properties.content_type or "") or None,
         delivery_mode=DeliveryMode.PERSISTENT,
         correlation_id=_fit(properties.correlation_id or "") or None,
         reply_to=_fit(properties.reply_to or "") or None,
@@ -71,15 +71,21 @@ def parked_copy(delivery: AmqpDelivery, parked: Parked, now: float) -> Message:
 
 def without_token(body: bytes) -> bytes:
     """The body without the value of any field `token`, also where it is no JSON: broken commands hold secrets too."""
-    if b"token" not in body:
-        return body
+    tokens = 0
+
+    def redact(found: dict[str, object]) -> dict[str, object]:
+        nonlocal tokens
+        for name in found:
+            if name.lower() == "token":
+                found[name] = _REDACTED
+                tokens += 1
+        return found
+
     try:
-        document = json.loads(
-            body, object_hook=lambda found: found | ({"token": _REDACTED} if "token" in found else {})
-        )
+        document = json.loads(body, object_hook=redact)
     except (ValueError, RecursionError):
         return _TOKEN.sub(rb'\1"' + _REDACTED.encode() + b'"', body)
-    return json.dumps(document).encode()
+    return json.dumps(document).encode() if tokens else body
 
 
 async def browse(connection: AbstractConnection, limit: int) -> AsyncIterator[ParkedCommand]:
@@ -95,15 +101,29 @@ async def browse(connection: AbstractConnection, limit: int) -> AsyncIterator[Pa
                 parked_at_ms=_number(headers.get("avatar-parked-at-ms")),
                 reason=str(headers.get("avatar-reason", "")),
                 error=str(headers.get("avatar-error", "")),
-                routing_key=str(headers.get("avatar-routing-key", "")),
-                message_id=message.message_id or "",
+                routing_key=printable(str(headers.get("avatar-routing-key", ""))),
+                message_id=printable(message.message_id or ""),
                 attempts=_number(headers.get("avatar-attempts")),
             )
 
 
+def _kept(headers: Mapping[str, object]) -> HeadersType:
+    """The headers of plain values, as many as fit."""
+    kept: HeadersType = {}
+    left = _HEADERS_BYTES
+    for name, value in headers.items():
+        if isinstance(value, str | bool | int | float):
+            one: HeadersType = {_fit(name): _fit(value, _VALUE_BYTES) if isinstance(value, str) else value}
+            size = len(encode.field_table(one))
+            if size <= left:
+                kept |= one
+                left -= size
+    return kept
+
+
 def _fit(text: str, limit: int = _SHORT_BYTES) -> str:
-    """Printable, and at most that many bytes long, as AMQP's short strings demand."""
-    return printable(text).encode()[:limit].decode(errors="ignore")
+    """UTF-8, and at most that many bytes long, as AMQP's short strings demand."""
+    return readable(text).encode()[:limit].decode(errors="ignore")
 
 
 def _number(value: object) -> int:

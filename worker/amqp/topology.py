@@ -155,7 +155,7 @@ async def _agree(connection: AbstractConnection, wanted: Record) -> Record:
             found = await queue.get(fail=False)
         record = Record(there or wanted.partitions, wanted.store_id)
         if there and found is not None:
-            written = Record(**json.loads(found.body))
+            written = _read(found.body)
             # A store in memory went with its worker: whoever comes next knows as much as it did.
             record = replace(written, store_id=record.store_id) if written.store_id == IN_MEMORY else written
         # Put back before it is taken: there is a record at any time, and twice the same does no harm.
@@ -164,6 +164,14 @@ async def _agree(connection: AbstractConnection, wanted: Record) -> Record:
         if found is not None:
             await found.ack()
         return record
+
+
+def _read(body: bytes) -> Record:
+    try:
+        return Record(**json.loads(body))
+    except (ValueError, TypeError):
+        text = f"the message in the queue {RECORD} is no record of this version; if it is nobody's, delete that queue"
+        raise TopologyError(text) from None
 
 
 async def _count_partitions(connection: AbstractConnection) -> int:

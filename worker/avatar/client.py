@@ -91,12 +91,14 @@ class AvatarClient:
         return (await self._on_session(session, "end", {}, self._api.timeout_s))[0]
 
     async def _create(self, wanted: Open, ks: str) -> tuple[CallResult, Session | None]:
-        ours: dict[str, Any] = {"visualConfig": {self._api.avatar_field: wanted.avatar_id}}
         voice = {"id": wanted.voice_id, "speed": wanted.voice_speed}
-        voice = {name: value for name, value in voice.items() if value is not None}
-        if voice:
-            ours["voiceConfig"] = voice
+        ours = {
+            "visualConfig": {self._api.avatar_field: wanted.avatar_id},
+            "voiceConfig": {name: value for name, value in voice.items() if value is not None},
+        }
         body = _merged(self._api.create_extra or {}, ours)
+        if "id" not in body["voiceConfig"]:
+            del body["voiceConfig"]
         url = self._api.base_url + self._api.create_path
         result, document = await self._post(url, f"KS {ks}", body, self._api.create_timeout_s, creating=True)
         match document:

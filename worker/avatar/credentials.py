@@ -28,24 +28,31 @@ class KsFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._seen: tuple[int, int] | None = None
+        self._seen: tuple[int, ...] = ()
         self._ks = ""
         try:
             self._read()
         except OSError as error:
             raise ConfigurationError(f"AVATAR_KS_FILE: {path} cannot be read: {error.strerror}") from None
-        if not self._ks:
-            raise ConfigurationError(f"AVATAR_KS_FILE: {path} is empty; it should hold a Kaltura Session")
+        except ValueError as error:
+            raise ConfigurationError(f"AVATAR_KS_FILE: {path}: {error}") from None
 
     def current(self) -> str:
         """The Kaltura Session as the file has it now."""
-        # While a secret is rotated the file may be gone for a moment; the last session is still the best guess.
-        with contextlib.suppress(OSError):
+        # While a secret is rotated the file may be gone or half written; the last session is still the best guess.
+        with contextlib.suppress(OSError, ValueError):
             self._read()
         return self._ks
 
     def _read(self) -> None:
         stat = self._path.stat()
-        if (stat.st_mtime_ns, stat.st_ino) != self._seen:
-            self._ks = self._path.read_text(encoding="utf-8").strip() or self._ks
-            self._seen = (stat.st_mtime_ns, stat.st_ino)
+        seen = (stat.st_mtime_ns, stat.st_ino, stat.st_size)
+        if seen != self._seen:
+            self._ks = _fit_for_a_header(self._path.read_bytes().strip())
+            self._seen = seen
+
+
+def _fit_for_a_header(ks: bytes) -> str:
+    if not ks or not all(0x21 <= byte <= 0x7E for byte in ks):
+        raise ValueError("it should hold a Kaltura Session: printable ASCII without blanks")
+    return ks.decode("ascii")

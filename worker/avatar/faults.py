@@ -71,6 +71,6 @@ def _seconds(retry_after: str | None) -> float | None:
     except ValueError:
         try:
             seconds = email.utils.parsedate_to_datetime(retry_after).timestamp() - time.time()
-        except ValueError:
+        except (ValueError, OverflowError):
             return None
     return min(max(seconds, 0.0), _RETRY_AFTER_CAP_S) if seconds == seconds else None  # noqa: PLR0124 - not a NaN

@@ -43,12 +43,12 @@ class Book:
         return entry.message_id is not None and entry.message_id in self.memory.ended
 
     def chunks(self) -> Iterator[Entry]:
-        """All speech that waits, each command once: of two deliveries of one command the first counts."""
+        """All speech that waits, each command once: of two deliveries under one id the first counts."""
         seen: set[str] = set()
         for entry in self._queue:
             if isinstance(entry.command, Speak) and entry.key not in seen and not self.known(entry):
-                seen.add(entry.key)
                 yield entry
+            seen.add(entry.key)
 
     def run(self, turn_id: str) -> list[Entry]:
         """The chunks of that turn at the head of the queue, up to the first entry that is anything else."""

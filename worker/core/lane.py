@@ -25,7 +25,6 @@ from typing import assert_never
 from schemas.commands import Interrupt, SessionAttach, SessionEnd, SessionStart, Speak
 from worker.core import verdict
 from worker.core.book import Book
-from worker.core.memory import Memory
 from worker.core.model import CallKind, CallResult, Entry, Session, Viewer
 from worker.core.retry import Attempts
 from worker.core.session_plan import SessionPlan
@@ -37,9 +36,9 @@ from worker.core.work import Attach, Call, CallInterrupt, InitClient, Open, Rule
 class Lane:
     """One conversation. Commands may be offered at once; `begin` comes before the first `next`."""
 
-    def __init__(self, conversation_id: str, rules: Rules, memory: Memory) -> None:
+    def __init__(self, book: Book, rules: Rules) -> None:
         self._rules = rules
-        self._book = Book(conversation_id, memory)
+        self._book = book
         self._attempts = Attempts()
         self._speech = Speech(self._book, rules, self._attempts)
         self._sessions = SessionPlan(self._book, rules, self._attempts, self._speech)
@@ -55,15 +54,10 @@ class Lane:
         self._sessions.session = session
         self._speech.doubt()
 
-    @property
-    def entries(self) -> tuple[Entry, ...]:
-        """The commands that have not ended, in order."""
-        return tuple(self._book)
-
     def offer(self, entry: Entry, now: float) -> tuple[Conclusion, ...]:
         """Queue a command; returns what ends by its mere coming."""
         if isinstance(entry.command, Interrupt) and not self._acted(entry):
-            spared = self._in_call()
+            spared = self._in_call() if self._calling else ()
             self._silenced[entry] = self._speech.silence(entry, entry.command.turn_id, now, spared)
             if not spared and self._speech.outdated(now):
                 self._speech.drop()
@@ -94,6 +88,8 @@ class Lane:
         """
         assert self._calling
         self._calling = False
+        if result.kind is CallKind.UNKNOWN:
+            self._attempts.lost(self._rules.ambiguous_wait_s)
         match work:
             case _ if result.kind is CallKind.STALE:
                 self._sessions.forget()
@@ -139,8 +135,8 @@ class Lane:
                     return piece
                 return Say(piece) if self._sessions.session else self._sessions.plan_for_speech(now)
             case Interrupt(turn_id=wanted):
-                last = self._book.memory.state.last_turn
-                if self._sessions.session and (wanted is None or last in (None, wanted)):
+                heard_last = self._book.memory.heard_last
+                if self._sessions.session and (wanted is None or not heard_last or wanted in heard_last):
                     return CallInterrupt()
                 self._end_interrupt(head, None, now)
                 return None
@@ -155,8 +151,8 @@ class Lane:
 
     def _end_interrupt(self, entry: Entry, result: CallResult | None, now: float) -> None:
         silenced = self._silenced.pop(entry, {})
-        if result is not None:
-            self._book.memory.update(playing_until=now)
+        if result is not None and result.kind is CallKind.OK:
+            self._book.memory.playing_until = now
         # Without a session nothing can have been silenced but what was waiting for one.
         turn_ids = [turn_id for turn_id, lost in silenced.items() if lost or self._sessions.session]
         latency_ms = verdict.milliseconds(now - entry.born)

@@ -75,13 +75,14 @@ class State:
 
     `number` counts attempts, so that an outcome that comes late cannot undo what came after. `spoken`: characters of a
     chunk that left in earlier pieces, by entry key. `playing_until`: when, by estimate, the avatar falls silent.
+    `heard_last`: the turn whose text the API took last, with those whose text it may have taken since.
     """
 
     number: int = 0
     attempt: Attempt | None = None
     spoken: Mapping[str, int] = field(default_factory=dict)
     playing_until: float = 0.0
-    last_turn: str | None = None
+    heard_last: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +124,11 @@ class Memory:
         self.turns[turn_id] = Turn(touched=now)
         self._touched.add(turn_id)
 
+    def is_silent(self, turn_id: str) -> bool:
+        """Whether chunks of that turn are not spoken."""
+        turn = self.turns.get(turn_id)
+        return turn is not None and turn.silent
+
     def open_turns(self) -> Iterator[str]:
         """Turns that were begun and neither closed nor silenced."""
         return (turn_id for turn_id, turn in self.turns.items() if turn.state is TurnState.OPEN)
@@ -140,9 +146,28 @@ class Memory:
             for message_id in list(self.ended)[:surplus]:
                 del self.ended[message_id]
 
-    def spoken(self, key: str) -> int:
-        """How many characters of the chunk left in earlier pieces."""
-        return self.state.spoken.get(key, 0)
+    @property
+    def spoken(self) -> Mapping[str, int]:
+        """See `State`, here and below."""
+        return self.state.spoken
+
+    @property
+    def playing_until(self) -> float:
+        """When the avatar falls silent."""
+        return self.state.playing_until
+
+    @playing_until.setter
+    def playing_until(self, time: float) -> None:
+        self.update(playing_until=time)
+
+    @property
+    def heard_last(self) -> frozenset[str]:
+        """Whose text may be playing."""
+        return self.state.heard_last
+
+    @heard_last.setter
+    def heard_last(self, turn_ids: frozenset[str]) -> None:
+        self.update(heard_last=turn_ids)
 
     def speak_up_to(self, key: str, end: int | None) -> None:
         """So many characters of the chunk have left; None: it has ended."""

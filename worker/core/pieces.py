@@ -10,7 +10,7 @@ CAP = 1000
 
 
 def compose(entries: Sequence[Entry], spoken: int, cap: int = CAP) -> Piece:
-    """Join chunks of one turn, which are not all blank, into one piece of at most `cap` characters.
+    """Join chunks of one turn into one piece of at most `cap` characters; blank if they are.
 
     `spoken` characters of the first chunk have left in earlier pieces. Takes whole chunks as long as they fit; only
     a chunk that exceeds the cap by itself is split, and white space around the cuts is left out: it is not speech.

@@ -73,12 +73,11 @@ class SessionPlan:
 
     def _close(self, reason: EndReason, now: float) -> Close | Wait:
         memory = self._book.memory
-        if self._retiring is None:
+        if self._retiring is not reason:
             self._retiring = reason
-            longest = now + self._rules.session_end_wait_s
-            memory.update(playing_until=min(memory.state.playing_until, longest))
-        if memory.state.playing_until > now:
-            return Wait(memory.state.playing_until)
+            memory.playing_until = min(memory.playing_until, now + self._rules.session_end_wait_s)
+        if memory.playing_until > now:
+            return Wait(memory.playing_until)
         return Close(last_attempt=self._attempts.count + 1 >= END_ATTEMPTS)
 
     # What became of it.
@@ -87,8 +86,6 @@ class SessionPlan:
         """A create was answered, or not."""
         for_speech = isinstance(self._book.head.command, Speak)
         waited_enough = now - self._attempts.first >= self._rules.session_wait_s
-        if result.kind is CallKind.UNKNOWN:
-            self._attempts.lost(self._rules.ambiguous_wait_s)
         match result.kind:
             case CallKind.OK:
                 self.session = session

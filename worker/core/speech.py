@@ -47,18 +47,18 @@ class Speech:
         if self._memory.state.attempt is not None:
             return self._resume(self._memory.state.attempt, now)
         run = list(self._run(now))
-        if not any(speak_of(entry).text.strip() for entry in run):
-            return self._plan_blank(run, now)
+        piece = pieces.compose(run, self._memory.spoken.get(run[0].key, 0))
+        if not piece.text.strip():
+            return self._plan_blank([part.entry for part in piece.parts], now)
         self._blank_since = None
-        self.piece = pieces.compose(run, self._memory.spoken(run[0].key))
-        return self.piece
+        self.piece = piece
+        return piece
 
     def outdated(self, now: float) -> bool:
         """Whether the piece under way is not to be tried again: its turn went silent, or it is too old."""
         if self.piece is None:
             return False
-        turn = self._memory.turns.get(self.piece.turn_id)
-        return (turn is not None and turn.silent) or self._expired(self.piece.parts[0].entry, now)
+        return self._memory.is_silent(self.piece.turn_id) or self._expired(self.piece.parts[0].entry, now)
 
     def drop(self) -> None:
         """No piece is under way any more."""
@@ -115,7 +115,7 @@ class Speech:
         assert piece is not None
         if result.kind is CallKind.UNKNOWN:
             self.perhaps_said = True
-            self._attempts.lost(self._rules.ambiguous_wait_s)
+            self._memory.heard_last |= {piece.turn_id}
         match result.kind:
             case CallKind.OK:
                 self._accept(piece, now)
@@ -137,8 +137,8 @@ class Speech:
         turn = memory.turn(piece.turn_id, now)
         turn.pieces += 1
         turn.text_length += len(piece.text)
-        until = max(memory.state.playing_until, now) + len(piece.text) / CHARS_PER_S
-        memory.update(last_turn=piece.turn_id, playing_until=until)
+        memory.heard_last = frozenset({piece.turn_id})
+        memory.playing_until = max(memory.playing_until, now) + len(piece.text) / CHARS_PER_S
         if turn.pieces == 1 and not turn.silent:
             self._book.tell(verdict.turn_started(conversation_id, piece))
         told_blindly = any(
@@ -184,9 +184,11 @@ class Speech:
         """An interrupt: end the chunks it is about and mark their turns. `spared` chunks are in a call just now.
 
         Returns the turns that are silent from here on, with the number of chunks each has lost; `wanted` None means
-        all turns that are open or lose a chunk.
+        all turns that are open or lose a chunk. A turn that is silent already stays what it is.
         """
-        doomed: dict[str, list[Entry]] = {} if wanted is None else {wanted: []}
+        doomed: dict[str, list[Entry]] = {}
+        if wanted is not None and not self._memory.is_silent(wanted):
+            doomed[wanted] = []
         for entry in self._book.chunks():
             turn_id = speak_of(entry).turn_id
             if wanted in (None, turn_id) and self._speakable(entry):
@@ -249,8 +251,7 @@ class Speech:
                 return
 
     def _speakable(self, entry: Entry) -> bool:
-        turn = self._memory.turns.get(speak_of(entry).turn_id)
-        return turn is None or not turn.silent
+        return not self._memory.is_silent(speak_of(entry).turn_id)
 
     def _expired(self, entry: Entry, now: float) -> bool:
         return self._rules.max_age_s > 0 and now - entry.born > self._rules.max_age_s

@@ -19,20 +19,25 @@ from worker.ports import AvatarApi, Clock, Held, SessionStore
 
 _log = structlog.stdlib.get_logger(__name__)
 
-LEASE_S = 15.0
-"""A worker that is silent for so long has lost its sessions to whoever adopts them; short of two keep-alives."""
+LEASE_S = 6.0
+"""A worker silent for so long has lost its sessions to whoever adopts them. With a keep-alive that was due just then,
+the API hears nothing for 18 s."""
 
 _ENDS_SESSION = (CallKind.OK, CallKind.GONE, CallKind.REFUSED, CallKind.DENIED)
 
 
 @dataclass(slots=True)
 class Lease:
-    """A session held by this worker: `last_success` of a call, `until` when the lease runs, `noted` by the store."""
+    """A session held by this worker: `last_success` of a call, `until` when the lease runs, `noted` by the store.
+
+    `not_before`: no keep-alive until then, says the API.
+    """
 
     held: Held
     last_success: float
     until: float
     noted: bool = True
+    not_before: float = 0.0
 
 
 class Desk:
@@ -49,18 +54,24 @@ class Desk:
 
     async def recall(self, conversation_id: str) -> Session | None:
         """The session of a conversation this worker begins to serve; ours from now on, whoever held it before."""
+        known = self.leases.get(conversation_id)
+        if known is not None and not known.noted:
+            return known.held.session
         held = await self.store.take(conversation_id, self.owner, self._clock() + LEASE_S)
         if held is None:
             self.leases.pop(conversation_id, None)
             return None
-        known = self.leases.get(conversation_id)
         self.hold(replace(held, last_used=self._clock()), last_success=known.last_success if known else 0.0)
         return held.session
 
     async def carry_out(self, conversation_id: str, call: Call) -> tuple[CallResult, Session | Viewer | None]:
         """Make one call, when the line is free; returns what came of it, and what it brought."""
         async with self.line(conversation_id):
-            result, got = await self._call(conversation_id, call)
+            try:
+                result, got = await self._call(conversation_id, call)
+            except Exception as error:  # noqa: BLE001 - a bug of ours is no reason to forget that something was sent
+                result, got = CallResult(CallKind.UNKNOWN, error=type(error).__name__), None
+                _log.exception(logs.CALL_FAILED, conversation_id=conversation_id, call=type(call).__name__)
         if result.kind is CallKind.OK:
             self.use(conversation_id)
         elif result.kind is not CallKind.STALE:
@@ -86,6 +97,9 @@ class Desk:
                 await self.keep(conversation_id, call.session)
                 return CallResult(CallKind.OK), call.session
             case _:
+                if conversation_id not in self.leases:
+                    # Another worker adopted it while this one was too slow to renew its lease; or it has ended.
+                    await self.recall(conversation_id)
                 lease = self.leases.get(conversation_id)
                 if lease is None:
                     return CallResult(CallKind.STALE), None

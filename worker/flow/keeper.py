@@ -93,7 +93,7 @@ class Keeper:
             if now - lease.held.last_used >= self._idle_s and not self._is_served(conversation_id):
                 self._start(conversation_id, self._end_idle(conversation_id, lease))
             # Spread, so that sessions opened together are not kept alive together for ever.
-            elif now - lease.last_success >= self._keep_alive_s * random.uniform(0.9, 1.0):  # noqa: S311
+            elif now >= lease.not_before and now - lease.last_success >= self._keep_alive_s * random.uniform(0.9, 1.0):  # noqa: S311
                 self._start(conversation_id, self._keep_alive(conversation_id, lease))
 
     def _start(self, conversation_id: str, errand: "asyncio._CoroutineLike[None]") -> None:
@@ -117,6 +117,7 @@ class Keeper:
                 status=result.status,
                 error=result.error,
             )
+            lease.not_before = self._clock() + (result.retry_after_s or 0.0)
             if result.kind is CallKind.GONE and await self._desk.drop(conversation_id):
                 self._tell_end(conversation_id, lease, EndReason.LOST)
 

@@ -13,10 +13,11 @@ from collections.abc import Awaitable, Sequence
 
 import structlog
 
+from worker.core.book import Book
 from worker.core.breaker import Breaker
 from worker.core.lane import Lane
 from worker.core.memory import Memory
-from worker.core.model import CallKind, CallResult, Entry
+from worker.core.model import CallKind, CallResult, Entry, Session
 from worker.core.verdict import Conclusion
 from worker.core.work import Call, Rules, Wait
 from worker.errors import LinkLost
@@ -59,7 +60,8 @@ class Runner:
         self._arrived: deque[Entry] = deque()
         self._tenure: Tenure | None = None
         self._memory = Memory()
-        self._lane = Lane(conversation_id, rules, self._memory)
+        self._book = Book(conversation_id, self._memory)
+        self._lane = Lane(self._book, rules)
         self._wake = asyncio.Event()
         self._stopping = asyncio.Event()
 
@@ -92,7 +94,7 @@ class Runner:
             await _before(self._stopping, pause_s)
             pause_s = min(pause_s * 2, LONGEST_PAUSE_S)
             if self._tenure is not None:
-                self._arrived.extendleft(reversed(self._lane.entries))
+                self._arrived.extendleft(reversed(tuple(self._book)))
                 self._tenure = None
 
     async def _serve(self) -> None:
@@ -106,6 +108,8 @@ class Runner:
                 await _before(self._wake, LINGER_S)
                 if not self._arrived:
                     return
+                if self._tenure is not None and self.conversation_id not in self._desk.leases:
+                    self._lane.begin(await self._desk.recall(self.conversation_id))
             elif isinstance(step.work, Wait):
                 await _before(self._wake, step.work.until - self._clock())
             else:
@@ -119,7 +123,7 @@ class Runner:
     async def _admit(self) -> None:
         """Hand what has arrived to the lane, once it is known whether it ended before."""
         if self._tenure is None:
-            self._lane = Lane(self.conversation_id, self._rules, Memory())
+            self._set_up(Memory(), None)
         while self._arrived:
             tenure = tenure_of(self._arrived[0])
             if tenure is not self._tenure:
@@ -140,8 +144,12 @@ class Runner:
         """A lane for this tenure, with what the ledger and the store know of the conversation."""
         self._tenure = tenure
         session = await self._desk.recall(self.conversation_id)
-        self._memory = await self._ledger.recall(self.conversation_id)
-        self._lane = Lane(self.conversation_id, self._rules, self._memory)
+        self._set_up(await self._ledger.recall(self.conversation_id), session)
+
+    def _set_up(self, memory: Memory, session: Session | None) -> None:
+        self._memory = memory
+        self._book = Book(self.conversation_id, memory)
+        self._lane = Lane(self._book, self._rules)
         self._lane.begin(session)
 
     async def _call(self, call: Call) -> CallResult | None:

@@ -51,14 +51,19 @@ def configure(level: str, log_format: Literal["auto", "console", "json"]) -> Non
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         structlog.processors.StackInfoRenderer(),
     ]
-    renderers: list[Any]
+    renderer: structlog.typing.Processor
     if console:
-        renderers = [structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)]
+        renderer = structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)
     else:
-        renderers = [structlog.processors.format_exc_info, structlog.processors.JSONRenderer(ensure_ascii=False)]
+        renderer = structlog.processors.JSONRenderer(ensure_ascii=False)
     formatter = structlog.stdlib.ProcessorFormatter(
         foreign_pre_chain=shared,
-        processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, _redact, *renderers],
+        processors=[
+            structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+            structlog.processors.format_exc_info,  # before the redaction: texts of exceptions may hold anything
+            _redact,
+            renderer,
+        ],
     )
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(formatter)
@@ -67,7 +72,8 @@ def configure(level: str, log_format: Literal["auto", "console", "json"]) -> Non
     root.setLevel(logging.WARNING)
     logging.getLogger("worker").setLevel(level.upper())
     # The link tells of losses itself, once and with the remedy.
-    logging.getLogger("aiormq.connection").setLevel(logging.CRITICAL)
+    for library in ("aio_pika.connection", "aiormq.connection"):
+        logging.getLogger(library).setLevel(logging.CRITICAL)
     structlog.configure(
         processors=[
             structlog.stdlib.filter_by_level,

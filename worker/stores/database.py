@@ -1,6 +1,7 @@
 """One SQL database: SQLite for the workers of one host, a file they share or memory. The tables stand in `tables`."""
 
 import asyncio
+import contextlib
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -22,9 +23,10 @@ IN_MEMORY = "sqlite://"
 class Database:
     """An engine, and one writer at a time. The file holds tokens: only its owner may read it."""
 
-    def __init__(self, engine: AsyncEngine) -> None:
+    def __init__(self, engine: AsyncEngine, *, in_memory: bool) -> None:
         self._engine = engine
-        self._turn_to_write = asyncio.Lock()
+        self._in_memory = in_memory
+        self._turn = asyncio.Lock()
 
     @classmethod
     async def open(cls, url: str) -> Self:
@@ -34,7 +36,7 @@ class Database:
             ConfigurationError: the file cannot be used, or a newer version made it.
         """
         engine = _engine(url)
-        database = cls(engine)
+        database = cls(engine, in_memory=url == IN_MEMORY)
         try:
             async with database.writing() as connection:
                 await connection.run_sync(tables.metadata.create_all)
@@ -62,13 +64,15 @@ class Database:
     @asynccontextmanager
     async def reading(self) -> AsyncIterator[AsyncConnection]:
         """A connection to read with."""
-        async with self._engine.connect() as connection:
+        # In memory all share one connection, and giving it back undoes what is half written.
+        turn = self._turn if self._in_memory else contextlib.nullcontext()
+        async with turn, self._engine.connect() as connection:
             yield connection
 
     @asynccontextmanager
     async def writing(self) -> AsyncIterator[AsyncConnection]:
         """A transaction; the only one of this process, and in SQLite of all processes."""
-        async with self._turn_to_write, self._engine.connect() as connection:
+        async with self._turn, self._engine.connect() as connection:
             # A transaction that reads before it writes would fail at once if another worker writes meanwhile.
             await connection.exec_driver_sql("BEGIN IMMEDIATE")
             try:

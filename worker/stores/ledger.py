@@ -162,7 +162,7 @@ async def _put(connection: AsyncConnection, jobs: Iterable[_Job], now: float) ->
             {
                 "conversation_id": conversation_id,
                 "number": changes.state.number,
-                "state": json.dumps(asdict(changes.state)),
+                "state": json.dumps(asdict(changes.state), default=sorted),
                 "touched": now,
             }
         )
@@ -219,4 +219,5 @@ def _state(text: str) -> State:
     if attempt is not None:
         parts = tuple(SentPart(**part) for part in attempt.pop("parts"))
         attempt = Attempt(parts=parts, **attempt)
-    return State(attempt=attempt, **document)
+    heard_last = frozenset(document.pop("heard_last"))
+    return State(attempt=attempt, heard_last=heard_last, **document)

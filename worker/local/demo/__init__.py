@@ -36,6 +36,7 @@ def main(argv: list[str]) -> int:
     if real and not os.environ.get("AVATAR_ID"):
         console.print(_NO_AVATAR, style="bold red", markup=False)
         return USAGE
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it otherwise
     for signum in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(signum, lambda *_: signal.raise_signal(signal.SIGINT))
     try:

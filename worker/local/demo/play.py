@@ -61,8 +61,7 @@ class Play:
         if worker.process.returncode:
             failures.append(f"{worker.failure('did not stop as it should')}")
         wrong = [*failures, *complaints(self._record, testimony.said), *testimony.wrong]
-        latency = "a piece's oldest token to the API's yes"
-        latency += f"; the simulator takes {LATENCY_MS} ms to give it" if api_url else ""
+        latency = "from oldest token to the API's yes" + (f" ({LATENCY_MS} ms of it simulated)" if api_url else "")
         self._console.print(account(self._record, testimony, latency, wrong))
         return not wrong
 

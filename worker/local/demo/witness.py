@@ -51,9 +51,11 @@ async def of_simulator(api_url: str, record: Record) -> Testimony:
 
 
 def _wrong_with(sessions: dict[str, Any], record: Record) -> Iterable[str]:
-    ours = {conversation.session_id: conversation.name for conversation in record.conversations.values()}
+    names = {conversation.session_id: conversation.name for conversation in record.conversations.values()}
+    for id_ in names.keys() - sessions.keys() - {""}:
+        yield f"{names[id_]}: its session is not the simulator's; does another worker run on this broker?"
     for id_, session in sessions.items():
-        name = ours.get(id_)
+        name = names.get(id_)
         if name is None:
             yield f"session {id_} belongs to no conversation"
             continue

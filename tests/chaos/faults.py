@@ -1,0 +1,277 @@
+"""What is done to the fleet: a seeded schedule, and its execution with a note of every fault."""
+
+import asyncio
+import json
+import random
+import signal
+import sqlite3
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from tests.chaos.fleet import Simulator, Worker
+from tests.chaos.traffic import Listener
+from worker.local.broker import OwnedBroker
+
+HEARTBEAT_S = 2
+HOLE_S = 10.0
+
+
+class Fault(StrEnum):
+    """What can be done."""
+
+    KILL = "kill -9"
+    TERM = "SIGTERM"
+    STOP = "SIGSTOP"
+    RESTART = "broker restart"
+    CUT = "cut"
+    HOLE = "black hole"
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """How often each fault has to happen in a run; `kill -9` counts only with a say in flight."""
+
+    seconds: float
+    counts: dict[Fault, int]
+    dropped: float
+    """The share of the answers to say-text that is dropped after the text was taken."""
+
+
+FULL = Demand(
+    60.0,
+    {Fault.KILL: 8, Fault.TERM: 2, Fault.STOP: 2, Fault.RESTART: 1, Fault.CUT: 2, Fault.HOLE: 1},
+    dropped=0.005,
+)
+SHORT = Demand(15.0, {Fault.KILL: 3, Fault.STOP: 1, Fault.CUT: 1}, dropped=0.0)
+
+
+def api_faults(seed: int) -> list[dict[str, Any]]:
+    """What the Avatar API does wrong, at random, for the simulator's `/_control/faults`.
+
+    A call whose answer is dropped goes on for 1.5 s in the simulator: a repeat within that time is an overlap.
+    """
+    say = {"route": "say-text", "times": None, "seed": seed}
+    return [
+        say | {"kind": "drop", "when": "after", "probability": 0.008},
+        say
+        | {"kind": "drop", "when": "after", "probability": 0.004, "seconds": 0.3, "linger_s": 1.5, "seed": seed + 1},
+        say | {"kind": "drop", "when": "before", "probability": 0.003},
+        say | {"kind": "status", "status": 503, "probability": 0.005},
+        say | {"kind": "status", "status": 429, "retry_after": 1, "probability": 0.003},
+        say | {"kind": "status", "status": 500, "when": "after", "probability": 0.003},
+        say | {"kind": "status", "status": 500, "when": "before", "probability": 0.002},
+        say | {"kind": "hang", "when": "after", "seconds": 1.2, "probability": 0.003},
+        say | {"kind": "latency", "when": "before", "seconds": 0.6, "probability": 0.005},
+        {"route": "create", "times": None, "seed": seed, "kind": "status", "status": 503, "probability": 0.05},
+        {"route": "create", "times": None, "seed": seed, "kind": "drop", "when": "after", "probability": 0.05},
+        {"route": "keep-alive", "times": None, "seed": seed, "kind": "hang", "seconds": 3.0, "probability": 0.03},
+    ]
+
+
+@dataclass(slots=True)
+class Happened:
+    """A fault as it happened, from `begun` to `ended`, in monotonic seconds.
+
+    `intents` are the pieces that were being said when it struck, by the ledger: (conversation, text).
+    """
+
+    fault: Fault
+    victim: str
+    begun: float
+    ended: float
+    intents: set[tuple[str, str]] = field(default_factory=set)
+
+
+def plan(seed: int, demand: Demand, seconds: float) -> list[tuple[float, Fault]]:
+    """When to do what, in seconds from the start: a little more than is demanded, at random times."""
+    dice = random.Random(seed)
+    todo: list[tuple[float, Fault]] = []
+    scale = max(1.0, seconds / demand.seconds)
+    for fault, count in demand.counts.items():
+        share = round(count * scale) + (1 if fault in (Fault.KILL, Fault.CUT) else 0)
+        # One in each stretch of the time, so that they do not all come at once.
+        todo += [((k + dice.uniform(0.05, 0.95)) * seconds / share, fault) for k in range(share)]
+    return sorted(todo)
+
+
+class Saboteur:
+    """Carries the plan out."""
+
+    def __init__(
+        self,
+        seed: int,
+        workers: Sequence[Worker],
+        broker: OwnedBroker | None,
+        simulator: Simulator,
+        listener: Listener,
+        ledger: Path,
+        http: aiohttp.ClientSession,
+        tell: Callable[[str], None],
+    ) -> None:
+        self.happened: list[Happened] = []
+        self.exit_codes: Counter[int] = Counter()
+        self.gave_up: list[str] = []
+        self._dice = random.Random(seed)
+        self._workers = workers
+        self._broker = broker
+        self._simulator = simulator
+        self._listener = listener
+        self._ledger = ledger
+        self._http = http
+        self._tell = tell
+
+    async def run(self, todo: Sequence[tuple[float, Fault]], demand: Demand) -> None:
+        """Do everything that is planned, and then as many more kills as are missing with a say in flight."""
+        begun = time.monotonic()
+        async with asyncio.TaskGroup() as group:
+            for at, fault in todo:
+                await asyncio.sleep(begun + at - time.monotonic())
+                if fault is Fault.RESTART:
+                    await self._restart_broker()
+                else:
+                    group.create_task(self._strike(fault))
+        wanted = demand.counts.get(Fault.KILL, 0)
+        for _ in range(2 * wanted):
+            if await self.hits() >= wanted:
+                break
+            await asyncio.sleep(self._dice.uniform(0.3, 1.5))
+            await self._strike(Fault.KILL)
+
+    async def hits(self) -> int:
+        """How many kills cut a say: one was running, and its answer found nobody."""
+        transcript = await self._simulator.control("GET", "transcript")
+        cut = [
+            (call["begun_s"], call["ended_s"])
+            for session in transcript["sessions"]
+            for call in session["calls"]
+            if call["route"] == "say-text" and call["status"] == 0 and call["fault"] is None
+        ]
+        kills = [one for one in self.happened if one.fault is Fault.KILL]
+        return sum(any(begun <= kill.ended and ended >= kill.begun for begun, ended in cut) for kill in kills)
+
+    async def _strike(self, fault: Fault) -> None:
+        victim = await self._choose()
+        victim.busy = True
+        try:
+            match fault:
+                case Fault.KILL:
+                    await self._kill(victim)
+                case Fault.TERM:
+                    await self._terminate(victim)
+                case Fault.STOP:
+                    await self._stop(victim)
+                case Fault.CUT:
+                    note = self._note(fault, victim.name)
+                    victim.proxy.cut()
+                    await self._watch_intents(note, 1.0)
+                case Fault.HOLE:
+                    await self._black_hole(victim)
+            await self._recover(victim)
+        finally:
+            victim.busy = False
+
+    async def _recover(self, worker: Worker) -> None:
+        """Wait until it serves again; one that has ended by itself is noted, and started."""
+        while not await worker.ready(self._http):
+            if worker.runs:
+                raise worker.fail("was not ready in time")
+            self.gave_up.append(str(worker.fail("ended by itself")))
+            self._tell(f"{worker.name} ended by itself")
+            await worker.start()
+
+    async def _choose(self) -> Worker:
+        """Mostly the worker that speaks most: a standby is not missed."""
+        while True:
+            free = [worker for worker in self._workers if not worker.busy and worker.runs]
+            speaking = [worker for name in self._listener.speakers() for worker in free if worker.name == name]
+            if speaking and self._dice.random() < 0.85:
+                return speaking[0]
+            if free and self._dice.random() < 0.1:
+                return self._dice.choice(free)
+            await asyncio.sleep(0.05)
+
+    async def _kill(self, victim: Worker) -> None:
+        await self._say_under_way()
+        note = self._note(Fault.KILL, victim.name)
+        victim.send(signal.SIGKILL)
+        self._end(note)
+        self.exit_codes[await victim.ended(10)] += 1
+        note.intents |= self._intents()
+        await asyncio.sleep(self._dice.choice((0, 0, 0.5, 2)))
+        await victim.start()
+
+    async def _terminate(self, victim: Worker) -> None:
+        note = self._note(Fault.TERM, victim.name)
+        victim.send(signal.SIGTERM)
+        code = await victim.ended(40)
+        self._end(note)
+        self.exit_codes[code] += 1
+        if code:
+            self._tell(f"{victim.name} ended with {code} after SIGTERM")
+        await victim.start()
+
+    async def _stop(self, victim: Worker) -> None:
+        note = self._note(Fault.STOP, victim.name)
+        victim.send(signal.SIGSTOP)
+        note.intents |= self._intents()
+        await asyncio.sleep(self._dice.uniform(4.5, 6) * HEARTBEAT_S)
+        victim.send(signal.SIGCONT)
+        self._end(note)
+
+    async def _black_hole(self, victim: Worker) -> None:
+        note = self._note(Fault.HOLE, victim.name)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(victim.proxy.black_hole(HOLE_S))
+            group.create_task(self._watch_intents(note, HOLE_S))
+        self._end(note)
+
+    async def _say_under_way(self) -> None:
+        """Wait a moment for one, so that few kills strike an idle worker."""
+        for _ in range(100):
+            routes = (await self._simulator.control("GET", "counters"))["routes"]
+            said = routes.get("say-text", {"begun": 0, "finished": 0})
+            if said["begun"] > said["finished"]:
+                return
+            await asyncio.sleep(0.01)
+
+    async def _watch_intents(self, note: Happened, seconds: float) -> None:
+        """Whoever has lost its link goes on for as long as it does not know."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            note.intents |= self._intents()
+            await asyncio.sleep(0.05)
+
+    async def _restart_broker(self) -> None:
+        if self._broker is None:
+            return
+        note = self._note(Fault.RESTART, self._broker.kind)
+        await asyncio.to_thread(self._broker.restart)
+        self._end(note)
+        for worker in self._workers:
+            if not worker.busy:
+                await self._recover(worker)
+
+    def _note(self, fault: Fault, victim: str) -> Happened:
+        now = time.monotonic()
+        note = Happened(fault, victim, now, now, self._intents())
+        self.happened.append(note)
+        self._tell(f"{fault} {victim}, {len(note.intents)} intents open")
+        return note
+
+    @staticmethod
+    def _end(note: Happened) -> None:
+        note.ended = time.monotonic()
+
+    def _intents(self) -> set[tuple[str, str]]:
+        with closing(sqlite3.connect(f"file:{self._ledger}?mode=ro", uri=True, timeout=5)) as connection:
+            rows = connection.execute("SELECT conversation_id, state FROM conversations").fetchall()
+        attempts = ((conversation, json.loads(state)["attempt"]) for conversation, state in rows)
+        return {(conversation, attempt["text"]) for conversation, attempt in attempts if attempt is not None}

@@ -1,0 +1,211 @@
+"""What goes in and comes out: producers that know what they published, a listener that misses nothing.
+
+Every word says where it belongs, `c03.t2.n17.w0`: conversation, turn, chunk and place in the chunk. So the simulator's
+transcript can be read without the worker's help.
+"""
+
+import asyncio
+import json
+import random
+import time
+import uuid
+from collections import Counter, deque
+from dataclasses import dataclass, field
+from typing import Any
+
+import aio_pika
+from aio_pika.abc import AbstractChannel, AbstractConnection, AbstractIncomingMessage
+from aio_pika.exceptions import AMQPError
+
+_LOSSES = (AMQPError, OSError, TimeoutError, RuntimeError)
+"""RuntimeError: aiormq's of a closed channel."""
+_CONFIRM_S = 10.0
+_PAUSE_S = 0.3
+
+
+@dataclass(slots=True)
+class Command:
+    """A command that the broker has confirmed. `words` are its text's."""
+
+    message_id: str
+    conversation: str
+    turn: str
+    number: int
+    words: tuple[str, ...]
+    final: bool
+    confirmed: float = 0.0
+
+
+@dataclass(slots=True)
+class Arrival:
+    """An event as it arrived, `at` monotonic seconds."""
+
+    at: float
+    event: dict[str, Any]
+
+
+class _Peer:
+    """A connection straight to the broker that comes back."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._connection: AbstractConnection | None = None
+
+    async def _connect(self) -> AbstractConnection:
+        while True:
+            try:
+                self._connection = await aio_pika.connect(self._url, timeout=5, heartbeat=5)
+            except _LOSSES:
+                await asyncio.sleep(_PAUSE_S)
+            else:
+                return self._connection
+
+    async def close(self) -> None:
+        """Close the connection."""
+        if self._connection is not None:
+            try:
+                async with asyncio.timeout(5):
+                    await self._connection.close()
+            except _LOSSES:
+                pass
+
+
+class Producers(_Peer):
+    """All conversations. What was not confirmed is published again under the same id; `stop` lets turns be closed."""
+
+    def __init__(self, url: str, seed: int, *, conversations: int, rate: float) -> None:
+        super().__init__(url)
+        self.commands: list[Command] = []
+        self.resent: Counter[str] = Counter()
+        self._random = random.Random(seed)
+        self._names = [f"c{number:02}" for number in range(conversations)]
+        self._pause_s = conversations / rate
+        self._channel: AbstractChannel | None = None
+        self._turn_to_connect = asyncio.Lock()
+        self._stopping = asyncio.Event()
+
+    async def run(self) -> None:
+        """Publish until `stop`."""
+        async with asyncio.TaskGroup() as group:
+            for name in self._names:
+                group.create_task(self._converse(name, random.Random(self._random.random())))
+
+    def stop(self) -> None:
+        """Let every conversation finish its turn at once."""
+        self._stopping.set()
+
+    async def _converse(self, name: str, dice: random.Random) -> None:
+        own: list[tuple[Command, bytes]] = []
+        turn, number = 0, 0
+        await self._rest(dice.uniform(0, self._pause_s))
+        while not self._stopping.is_set():
+            turn += 1
+            length = dice.randint(3, 25)
+            for place in range(length):
+                final = place == length - 1 or self._stopping.is_set()
+                size = dice.choices((1, 2, 5, 90), (50, 40, 9, 1))[0]
+                words = tuple(f"{name}.t{turn}.n{number}.w{k}" for k in range(size))
+                command = Command(uuid.uuid4().hex, name, f"t{turn}", number, words, final)
+                body = {"turnId": command.turn, "text": " ".join(words) + " ", "isFinal": final}
+                own.append((command, json.dumps(body).encode()))
+                await self._publish(*own[-1])
+                command.confirmed = time.monotonic()
+                self.commands.append(command)
+                number += 1
+                if dice.random() < 0.02:
+                    self.resent["sent twice"] += 1
+                    await self._publish(*dice.choice(own[-30:]))
+                if final:
+                    break
+                await self._rest(dice.uniform(0.2, 1.8) * self._pause_s)
+            await self._rest(dice.choice((0, 0.2, 1, 3)))
+
+    async def _rest(self, seconds: float) -> None:
+        try:
+            async with asyncio.timeout(seconds):
+                await self._stopping.wait()
+        except TimeoutError:
+            pass
+
+    async def _publish(self, command: Command, body: bytes) -> None:
+        born_ms = time.time_ns() // 1_000_000
+        while True:
+            channel = await self._open()
+            message = aio_pika.Message(
+                body,
+                delivery_mode=aio_pika.DeliveryMode.PERSISTENT,
+                message_id=command.message_id,
+                headers={"published-at-ms": born_ms},
+            )
+            try:
+                exchange = await channel.get_exchange("avatar.commands", ensure=False)
+                await exchange.publish(message, command.conversation, mandatory=True, timeout=_CONFIRM_S)
+            except _LOSSES:
+                self.resent["unconfirmed"] += 1
+                if self._channel is channel:
+                    self._channel = None
+                await asyncio.sleep(_PAUSE_S)
+            else:
+                return
+
+    async def _open(self) -> AbstractChannel:
+        async with self._turn_to_connect:
+            while self._channel is None or self._channel.is_closed:
+                await self.close()
+                try:
+                    connection = await self._connect()
+                    self._channel = await connection.channel(publisher_confirms=True, on_return_raises=True)
+                except _LOSSES:
+                    await asyncio.sleep(_PAUSE_S)
+            return self._channel
+
+
+class Listener(_Peer):
+    """Hears every event through a durable queue of its own, also over restarts of the broker."""
+
+    QUEUE = "chaos.events"
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self.arrivals: list[Arrival] = []
+        self.ended: dict[str, dict[str, Arrival]] = {}
+        """By command id and event id: the first arrival of each."""
+        self.listening = asyncio.Event()
+        self._recent: deque[tuple[float, str]] = deque(maxlen=400)
+
+    async def run(self) -> None:
+        """Listen until cancelled."""
+        while True:
+            connection = await self._connect()
+            lost = asyncio.Event()
+            connection.close_callbacks.add(lambda *_, lost=lost: lost.set())
+            try:
+                channel = await connection.channel()
+                channel.close_callbacks.add(lambda *_, lost=lost: lost.set())
+                await channel.set_qos(500)
+                await channel.declare_exchange("avatar.events", "topic", durable=True)
+                queue = await channel.declare_queue(self.QUEUE, durable=True, arguments={"x-queue-type": "quorum"})
+                await queue.bind("avatar.events", "#")
+                await queue.consume(self._hear)
+                self.listening.set()
+                await lost.wait()
+            except _LOSSES:
+                pass
+            await self.close()
+            await asyncio.sleep(_PAUSE_S)
+
+    async def _hear(self, message: AbstractIncomingMessage) -> None:
+        arrival = Arrival(time.monotonic(), json.loads(message.body))
+        self.arrivals.append(arrival)
+        self._recent.append((arrival.at, arrival.event["worker"]))
+        for message_id in arrival.event["data"].get("commandIds", ()):
+            self.ended.setdefault(message_id, {}).setdefault(arrival.event["id"], arrival)
+        try:
+            await message.ack()
+        except _LOSSES:
+            pass
+
+    def speakers(self, within_s: float = 0.5) -> list[str]:
+        """The workers that told something lately, the busiest first."""
+        since = time.monotonic() - within_s
+        return [name for name, _ in Counter(name for at, name in self._recent if at >= since).most_common()]

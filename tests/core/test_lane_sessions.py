@@ -1,0 +1,272 @@
+"""Sessions through a lane: started, replaced, attached, ended, handed over; and why they could not be had."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from tests.support.conversation import (
+    DENIED,
+    GONE,
+    NOT_TAKEN,
+    OK,
+    REFUSED,
+    RULES,
+    SESSION,
+    STALE,
+    UNKNOWN,
+    Conversation,
+    entry,
+    interrupt,
+    speak,
+)
+from worker.core.model import CallKind, CallResult, Entry, ReplyTo, Session, Viewer
+from worker.core.work import Attach, Close, InitClient, Open, Rules, Say
+
+REPLY = ReplyTo("answers", "corr", 30_000)
+LIMIT = CallResult(CallKind.NOT_TAKEN, 429, retry_after_s=3)
+
+
+def start(**fields: Any) -> Entry:
+    return entry(type="session.start", reply_to=REPLY, **fields)
+
+
+def end() -> Entry:
+    return entry(type="session.end")
+
+
+def attach(session_id: str = "theirs") -> Entry:
+    return entry(type="session.attach", sessionId=session_id, token="their-token")
+
+
+def answers(talk: Conversation) -> list[dict[str, Any]]:
+    return [conclusion.answer.payload for conclusion in talk.conclusions if conclusion.answer]
+
+
+class TestStartedBySpeech:
+    def test_with_the_default_avatar_and_voice(self) -> None:
+        talk = Conversation(session=None).offer(speak("t1", "a", final=True)).settle()
+        assert talk.calls[0] == Open("ann", "v1", None)
+        assert talk.types == ["session.ready", "turn.started", "speech.accepted", "turn.completed"]
+        assert talk.of("session.ready") == [
+            {"commandIds": [], "sessionId": "opened1", "avatarId": "ann", "voiceId": "v1"}
+        ]
+
+    def test_none_without_a_default_avatar(self) -> None:
+        chunk = speak("t1", "a")
+        talk = Conversation(Rules(), session=None).offer(chunk, speak("t1", "b")).settle()
+        assert talk.calls == []
+        assert talk.ends(chunk) == ["speech.failed no_session"]
+        assert talk.types == ["speech.failed", "turn.failed"]
+
+    @pytest.mark.parametrize(
+        ("outcome", "speech", "session"),
+        [(DENIED, "credentials", "credentials"), (REFUSED, "refused", "refused")],
+    )
+    def test_the_turn_fails_with_the_reason(self, outcome: CallResult, speech: str, session: str) -> None:
+        chunk = speak("t1", "a")
+        talk = Conversation(session=None).offer(chunk).settle(outcome)
+        assert talk.ends(chunk) == [f"speech.failed {speech}"]
+        (failed,) = talk.of("session.failed")
+        assert failed == {"commandIds": [], "reason": session, "status": outcome.status}
+
+    def test_capacity_is_waited_for_but_not_for_ever(self) -> None:
+        chunk = speak("t1", "a")
+        talk = Conversation(session=None).offer(chunk)
+        began = talk.now
+        talk.settle(*[LIMIT] * 50)
+        assert talk.ends(chunk) == ["speech.failed capacity"]
+        assert 10 <= talk.now - began < 15
+
+    def test_an_api_that_is_down_is_waited_for_as_long_as_the_speech_is_young(self) -> None:
+        talk = Conversation(session=None).offer(speak("t1", "a")).settle(*[NOT_TAKEN] * 10)
+        assert len(talk.said) == 1
+        assert "session.failed" not in talk.types
+
+    def test_a_create_whose_answer_was_lost_is_repeated_after_its_time(self) -> None:
+        talk = Conversation(session=None).offer(speak("t1", "a"))
+        assert isinstance(talk.next(), Open)
+        talk.done(UNKNOWN, jitter=0.0)
+        assert talk.waits() == 2.0
+        talk.settle()
+        assert "possibleDuplicate" not in talk.of("speech.accepted")[0]
+
+
+class TestStart:
+    def test_the_answer_carries_the_token_and_the_event_does_not(self) -> None:
+        one = start(avatarId="bob", voiceId="v2", voiceSpeed=1.2)
+        talk = Conversation(session=None).offer(one).settle()
+        assert talk.calls == [Open("bob", "v2", 1.2)]
+        assert answers(talk) == [{"sessionId": "opened1", "token": "secret-token"}]
+        assert talk.of("session.ready") == [
+            {"commandIds": [one.message_id], "sessionId": "opened1", "avatarId": "bob", "voiceId": "v2"}
+        ]
+        assert "secret" not in repr(talk.conclusions) + repr(talk.calls) + repr(talk.lane)
+
+    def test_defaults(self) -> None:
+        assert Conversation(session=None).offer(start()).settle().calls == [Open("ann", "v1", None)]
+
+    def test_a_viewer_gets_what_a_page_needs(self) -> None:
+        talk = Conversation(session=None).offer(start(handoff="viewer")).settle()
+        assert [type(call) for call in talk.calls] == [Open, InitClient]
+        assert answers(talk) == [
+            {"sessionId": "opened1", "whepUrl": "https://whep", "turn": {"credential": "secret-turn"}}
+        ]
+        assert "secret" not in repr(talk.conclusions)
+
+    def test_nobody_asked_nobody_is_answered(self) -> None:
+        talk = Conversation(session=None).offer(entry(type="session.start")).settle()
+        assert answers(talk) == []
+
+    @pytest.mark.parametrize(
+        "same", [{}, {"avatarId": "ann"}, {"voiceId": "v1"}, {"avatarId": "ann", "voiceId": "v1", "voiceSpeed": 2}]
+    )
+    def test_a_live_session_answers_without_a_call(self, same: dict[str, Any]) -> None:
+        one = start(**same)
+        talk = Conversation().offer(one).settle()
+        assert talk.calls == []
+        assert answers(talk) == [{"sessionId": "s1", "token": "secret-token"}]
+        assert talk.ends(one) == ["session.ready"]
+
+    def test_the_viewer_hand_off_is_fetched_once_and_stored(self) -> None:
+        talk = Conversation().offer(start(handoff="viewer"), start(handoff="viewer")).settle()
+        assert talk.calls == [InitClient()]
+        first, second = answers(talk)
+        assert first == second
+        stored = replace(SESSION, viewer=Viewer("https://whep", {}))
+        assert Conversation(session=stored).offer(start(handoff="viewer")).settle().calls == []
+
+    def test_a_repeat_is_answered_again(self) -> None:
+        talk = Conversation(session=None)
+        for _ in range(2):
+            talk.offer(entry("m", type="session.start", reply_to=REPLY)).settle()
+        assert len(answers(talk)) == 2
+        assert len({event.id("s") for event in talk.events}) == 1
+
+    @pytest.mark.parametrize("other", [{"avatarId": "bob"}, {"voiceId": "v2"}])
+    def test_another_avatar_or_voice_replaces_it_after_what_was_queued_before(self, other: dict[str, Any]) -> None:
+        one = start(**other)
+        talk = Conversation().offer(speak("t1", "a" * 140, final=True), one)
+        talk.say()
+        talk.done()
+        assert talk.waits() == pytest.approx(10), "what was said is heard first"
+        talk.offer(speak("t2", "b")).settle()
+        assert [type(call) for call in talk.calls] == [Say, Close, Open, Say]
+        assert talk.of("session.ended") == [{"commandIds": [], "sessionId": "s1", "reason": "replaced"}]
+        assert talk.ends(one) == ["session.ready"]
+
+    @pytest.mark.parametrize(
+        ("outcome", "reason"), [(DENIED, "credentials"), (REFUSED, "refused"), (LIMIT, "capacity")]
+    )
+    def test_a_failure_is_answered(self, outcome: CallResult, reason: str) -> None:
+        one = start()
+        talk = Conversation(session=None).offer(one).settle(*[outcome] * 50)
+        assert talk.ends(one) == [f"session.failed {reason}"]
+        (answer,) = answers(talk)
+        assert answer["error"].startswith(reason)
+        assert answer["status"] == outcome.status
+
+    @pytest.mark.parametrize("outcome", [NOT_TAKEN, UNKNOWN])
+    def test_an_api_that_is_down_is_told_after_the_wait(self, outcome: CallResult) -> None:
+        one = start()
+        talk = Conversation(session=None).offer(one)
+        began = talk.now
+        talk.settle(*[outcome] * 100)
+        assert talk.ends(one) == ["session.failed unavailable"]
+        assert 10 <= talk.now - began < 21
+
+    def test_no_avatar_at_all(self) -> None:
+        one = start()
+        talk = Conversation(Rules(), session=None).offer(one).settle()
+        assert talk.ends(one) == ["session.failed refused"]
+        assert "AVATAR_ID" in answers(talk)[0]["error"]
+
+    @pytest.mark.parametrize(("outcome", "reason"), [(REFUSED, "refused"), (UNKNOWN, "unavailable")])
+    def test_a_viewer_that_cannot_be_initialised(self, outcome: CallResult, reason: str) -> None:
+        one = start(handoff="viewer")
+        talk = Conversation().offer(one).settle(outcome)
+        assert talk.ends(one) == [f"session.failed {reason}"]
+
+    @pytest.mark.parametrize("outcome", [GONE, STALE])
+    def test_a_session_that_has_ended_unnoticed_is_made_anew(self, outcome: CallResult) -> None:
+        one = start(handoff="viewer")
+        talk = Conversation().offer(one).settle(outcome)
+        assert [type(call) for call in talk.calls] == [InitClient, Open, InitClient]
+        assert talk.ends(one) == ["session.ready"]
+
+    def test_a_failed_start_spoils_nothing_after_it(self) -> None:
+        talk = Conversation(session=None).offer(start(), speak("t1", "a")).settle(REFUSED)
+        assert [type(call) for call in talk.calls] == [Open, Open, Say]
+
+
+class TestAttach:
+    def test_it_calls_nobody(self) -> None:
+        one = attach()
+        talk = Conversation(session=None).offer(one, speak("t1", "a")).settle()
+        assert [type(call) for call in talk.calls] == [Attach, Say]
+        (call, _) = talk.calls
+        assert isinstance(call, Attach)
+        assert call.session == Session("theirs", "their-token", attached=True)
+        assert talk.of("session.ready") == [{"commandIds": [one.message_id], "sessionId": "theirs"}]
+        assert "their-token" not in repr(talk.works) + repr(talk.conclusions) + repr(one)
+
+    def test_our_own_session_is_ended_first(self) -> None:
+        talk = Conversation().offer(attach()).settle()
+        assert [type(call) for call in talk.calls] == [Close, Attach]
+        assert talk.of("session.ended")[0]["reason"] == "replaced"
+
+    def test_the_same_session_is_not(self) -> None:
+        talk = Conversation().offer(attach("s1")).settle()
+        assert [type(call) for call in talk.calls] == [Attach]
+
+
+class TestEnd:
+    def test_what_was_queued_before_is_handed_over_and_heard(self) -> None:
+        one = end()
+        talk = Conversation().offer(speak("t1", "a" * 280), one)
+        talk.say()
+        talk.done()
+        assert talk.waits() == pytest.approx(20)
+        talk.settle()
+        assert [type(call) for call in talk.calls] == [Say, Close]
+        assert talk.of("session.ended") == [{"commandIds": [one.message_id], "sessionId": "s1", "reason": "requested"}]
+
+    def test_but_not_longer_than_asked(self) -> None:
+        talk = Conversation(replace(RULES, session_end_wait_s=5)).offer(speak("t1", "a" * 1000), end())
+        talk.say()
+        talk.done()
+        assert talk.waits() == 5
+
+    def test_an_open_turn_is_closed_as_by_a_final(self) -> None:
+        talk = Conversation().offer(speak("t1", "a")).settle().offer(end()).settle()
+        assert talk.of("turn.completed") == [{"turnId": "t1", "pieces": 1, "textLength": 1, "finalSent": False}]
+
+    def test_an_interrupt_before_it_saves_the_wait(self) -> None:
+        talk = Conversation().offer(speak("t1", "a" * 280)).settle().offer(interrupt(), end())
+        began = talk.now
+        talk.settle()
+        assert talk.now == began
+
+    def test_what_is_queued_behind_begins_a_new_session(self) -> None:
+        talk = Conversation().offer(end(), speak("t1", "a")).settle()
+        assert [type(call) for call in talk.calls] == [Close, Open, Say]
+
+    def test_nothing_to_end(self) -> None:
+        one = end()
+        talk = Conversation(session=None).offer(one).settle()
+        assert talk.calls == []
+        assert talk.of("session.ended") == [{"commandIds": [one.message_id], "reason": "requested"}]
+
+    @pytest.mark.parametrize("outcome", [OK, GONE, STALE, REFUSED])
+    def test_whatever_the_api_says_of_it_it_is_over(self, outcome: CallResult) -> None:
+        one = end()
+        talk = Conversation().offer(one).settle(outcome)
+        assert talk.ends(one) == ["session.ended requested"]
+        assert len(talk.calls) == 1
+
+    @pytest.mark.parametrize("outcome", [NOT_TAKEN, UNKNOWN])
+    def test_it_is_tried_three_times(self, outcome: CallResult) -> None:
+        one = end()
+        talk = Conversation().offer(one).settle(*[outcome] * 9)
+        assert [call.last_attempt for call in talk.calls if isinstance(call, Close)] == [False, False, True]
+        assert talk.ends(one) == ["session.ended requested"]

@@ -1,0 +1,219 @@
+"""Lanes side by side: isolated, rebuilt when they fail, gone when they are idle, stopped in phases."""
+
+import asyncio
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from schemas.commands import FieldError, Malformed, RejectReason
+from tests.flow.conftest import Flow
+from tests.support.fakes import FakeDelivery, idle, until
+from worker.core.lane import Lane
+from worker.core.model import Misfit, ReplyTo
+from worker.core.work import Step
+
+
+async def test_the_journey_of_a_turn(flow: Flow) -> None:
+    flow.speak("Hello", final=True)
+    await flow.all_settled()
+    assert flow.api.verbs() == ["create", "say"]
+    assert flow.outbox.told == ["session.ready", "turn.started", "speech.accepted", "turn.completed"]
+
+
+async def test_what_arrives_while_a_call_is_in_flight_is_joined(flow: Flow) -> None:
+    gate = flow.api.gates["say a"] = asyncio.Event()
+    flow.speak("a")
+    await until(lambda: flow.api.said == ["a"])
+    flow.speak("b")
+    flow.speak("c", final=True)
+    gate.set()
+    await flow.all_settled()
+    assert flow.api.said == ["a", "bc"]
+
+
+async def test_a_slow_conversation_holds_up_no_other(flow: Flow) -> None:
+    gate = flow.api.gates["say slow"] = asyncio.Event()
+    flow.speak("slow", conversation_id="c1")
+    flow.speak("quick", conversation_id="c2")
+    await until(lambda: flow.deliveries[1].settled)
+    assert not flow.deliveries[0].settled
+    gate.set()
+    await flow.all_settled()
+
+
+async def test_a_listener_cannot_stop_speech(flow: Flow) -> None:
+    flow.outbox.gate = asyncio.Event()
+    for text in "abc":
+        flow.speak(text)
+        await until(lambda text=text: text in flow.api.said)
+    assert not any(delivery.settled for delivery in flow.deliveries)
+    flow.outbox.gate.set()
+    await flow.all_settled()
+
+
+async def test_a_lane_leaves_the_map_and_comes_back_with_its_memory(flow: Flow) -> None:
+    first = flow.speak("a")
+    await until(lambda: not flow.lanes.is_served("c1"))
+    assert flow.deliveries[0].settled
+    again = FakeDelivery(flow.outbox, "again")
+    flow.deliveries.append(again)
+    flow.lanes.offer(replace(first, delivery=again, redelivered=True))
+    await flow.all_settled()
+    assert flow.api.verbs() == ["create", "say"]
+    events = [event for what, event in flow.outbox.log if what == "tell" and event.type.endswith("accepted")]
+    assert len(events) == 2
+    assert len({event.id("s") for event in events}) == 1
+
+
+async def test_a_lane_that_crashes_is_rebuilt_and_its_neighbours_never_notice(
+    flow: Flow, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    crashes = iter([RuntimeError("a bug"), RuntimeError("the same again")])
+    healthy = Lane.next
+
+    def next_(lane: Lane, now: float) -> Step:
+        if lane._book.conversation_id == "ill":
+            for crash in crashes:
+                raise crash
+        return healthy(lane, now)
+
+    monkeypatch.setattr(Lane, "next", next_)
+    flow.speak("a", conversation_id="ill")
+    flow.speak("x", conversation_id="well")
+    await until(lambda: flow.deliveries[1].settled)
+    flow.speak("b", conversation_id="ill", final=True)
+    await flow.all_settled()
+    assert "".join(text for text in flow.api.said if text != "x") == "ab"
+    await until(lambda: not flow.lanes._runners)
+
+
+async def test_a_store_out_of_reach_is_waited_for(flow: Flow) -> None:
+    flow.store.broken = True
+    flow.speak("a")
+    await idle()
+    assert flow.api.calls == []
+    flow.store.broken = False
+    await flow.all_settled()
+    assert flow.api.said == ["a"]
+
+
+async def test_a_client_that_raises_counts_as_a_lost_answer(flow: Flow) -> None:
+    flow.api.results["say"] = [RuntimeError("a bug")]
+    flow.speak("a")
+    await until(lambda: flow.api.said == ["a"])
+    await idle()
+    assert flow.outbox.told == ["session.ready"]
+    assert flow.lanes.is_served("c1")
+    flow.clock.now += 30  # more than any wait
+    flow.speak("b", final=True)
+    await flow.all_settled()
+    assert flow.api.said == ["a", "a", "b"]
+    (first, _) = [event.data for what, event in flow.outbox.log if what == "tell" and "accepted" in event.type]
+    assert first.possible_duplicate is True
+
+
+async def test_a_message_that_is_no_command_is_parked_told_answered_and_acknowledged(flow: Flow) -> None:
+    delivery = FakeDelivery(flow.outbox, "bad")
+    malformed = Malformed(RejectReason.NOT_JSON, (FieldError("$", "must be JSON"),), None)
+    flow.lanes.reject(Misfit(malformed, "m1", delivery, "\\xff", "m1", reply_to=ReplyTo("q", None, 1)))
+    await until(lambda: delivery.settled)
+    assert flow.outbox.whats == ["park", "tell", "answer", "settle"]
+    ((_, event),) = [one for one in flow.outbox.log if one[0] == "tell"]
+    assert (event.subject, event.data.routing_key, event.data.command_ids) == ("$invalid", "\\xff", ("m1",))
+
+
+async def test_what_a_lost_connection_brought_is_dropped_but_for_the_call_under_way(flow: Flow) -> None:
+    gate = flow.api.gates["say a"] = asyncio.Event()
+    flow.speak("a")
+    await until(lambda: flow.api.said == ["a"])
+    flow.speak("b")
+    flow.lanes.forget(lambda _: True)
+    gate.set()
+    await until(lambda: not flow.lanes.is_served("c1"))
+    assert flow.api.said == ["a"]
+    assert [delivery.settled for delivery in flow.deliveries] == [1, 0]
+
+
+class TestStop:
+    async def test_the_call_under_way_ends_is_told_and_acknowledged_and_nothing_new_begins(self, flow: Flow) -> None:
+        gate = flow.api.gates["say a"] = asyncio.Event()
+        flow.speak("a")
+        await until(lambda: flow.api.said == ["a"])
+        flow.speak("b")
+        stopping = asyncio.create_task(flow.lanes.stop())
+        await idle()
+        flow.speak("c", conversation_id="c2")
+        assert not stopping.done()
+        gate.set()
+        await stopping
+        assert flow.api.said == ["a"]
+        assert [delivery.settled for delivery in flow.deliveries] == [1, 0, 0]
+
+    async def test_it_waits_for_the_events_too(self, flow: Flow) -> None:
+        flow.outbox.gate = asyncio.Event()
+        flow.speak("a")
+        await until(lambda: flow.api.said == ["a"])
+        stopping = asyncio.create_task(flow.lanes.stop())
+        await idle()
+        assert not stopping.done()
+        flow.outbox.gate.set()
+        await stopping
+        assert flow.deliveries[0].settled == 1
+
+    async def test_a_lane_that_waits_or_lingers_stops_at_once(self, flow: Flow, monkeypatch: Any) -> None:
+        monkeypatch.setattr("worker.flow.runner.LINGER_S", 3600)
+        flow.speak("a" * 500, conversation_id="c1")
+        flow.offer(conversation_id="c1", type="session.end")  # waits for playback
+        flow.speak("b", conversation_id="c2")
+        await until(lambda: len(flow.api.said) == 2 and flow.deliveries[2].settled)
+        async with asyncio.timeout(2):
+            await flow.lanes.stop()
+        assert not flow.lanes._runners
+
+    async def test_a_lane_in_its_pause_after_a_crash_stops_at_once(self, flow: Flow, monkeypatch: Any) -> None:
+        monkeypatch.setattr("worker.flow.runner.PAUSE_S", 3600)
+        flow.store.broken = True
+        flow.speak("a")
+        await idle()
+        async with asyncio.timeout(2):
+            await flow.lanes.stop()
+
+    async def test_abandoned_calls_are_cut_and_what_hangs_on_them_is_not_acknowledged(self, flow: Flow) -> None:
+        flow.api.gates["say"] = asyncio.Event()
+        flow.speak("a")
+        await until(lambda: flow.api.said == ["a"])
+        async with asyncio.timeout(2):
+            await flow.lanes.abandon()
+        assert flow.deliveries[0].settled == 0
+        flow.speak("b")
+        await idle()
+        assert flow.api.said == ["a"]
+
+
+class TestPrune:
+    async def test_old_memories_go(self, flow: Flow) -> None:
+        flow.speak("a")
+        await until(lambda: not flow.lanes.is_served("c1"))
+        flow.lanes._prune(flow.clock() - 1)
+        assert "c1" in flow.lanes._memories
+        flow.lanes._prune(flow.clock() + 1)
+        assert not flow.lanes._memories
+
+    async def test_a_lane_keeps_its_memory_while_it_runs(self, flow: Flow) -> None:
+        gate = flow.api.gates["say"] = asyncio.Event()
+        flow.speak("a", final=True)
+        await until(lambda: flow.api.said == ["a"])
+        flow.lanes._prune(flow.clock() + 1)
+        gate.set()
+        await flow.all_settled()
+        assert flow.lanes._memories["c1"].ended
+
+    async def test_there_is_a_limit_in_all(self, flow: Flow, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("worker.flow.lanes.REMEMBERED", 3)
+        for n in range(4):
+            flow.speak(f"{n}", conversation_id="c1")
+            flow.speak(f"{n}", conversation_id="c2")
+        await flow.all_settled()
+        flow.lanes._prune(0.0)
+        assert sum(len(memory.ended) for memory in flow.lanes._memories.values()) == 3

@@ -1,0 +1,166 @@
+"""A worker in this process on a real broker: all of it is real but the Avatar API, the store's file and signals."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass, field
+
+import pytest
+from aio_pika.abc import AbstractConnection
+
+from tests.support.bus import Bus, connected, eventually
+from worker.amqp.inbox import Inbox
+from worker.amqp.link import Link
+from worker.amqp.outbox import Outbox
+from worker.amqp.topology import Record
+from worker.core.model import CallKind, CallResult, Piece, Session, Viewer
+from worker.core.work import Open, Rules
+from worker.flow.clock import SteadyClock
+from worker.flow.desk import Desk
+from worker.flow.lanes import Lanes
+from worker.flow.settler import Settler
+from worker.stores.sql import SqlStore
+
+Session_ = Callable[[AbstractConnection], Awaitable[None]]
+STORE = "the store"
+OK = CallResult(CallKind.OK, 200)
+
+
+@dataclass
+class Avatar:
+    """`ports.AvatarApi` that takes everything and remembers it; while `closed`, a say does not come back."""
+
+    said: list[Piece] = field(default_factory=list)
+    gate: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        self.gate.set()
+
+    async def create(self, wanted: Open) -> tuple[CallResult, Session | None]:
+        return OK, Session("s", "t", wanted.avatar_id)
+
+    async def say(self, _: Session, piece: Piece) -> CallResult:
+        self.said.append(piece)
+        await self.gate.wait()
+        return OK
+
+    async def interrupt(self, _: Session) -> CallResult:
+        return OK
+
+    async def keep_alive(self, _: Session) -> CallResult:
+        return OK
+
+    async def init_client(self, _: Session) -> tuple[CallResult, Viewer | None]:
+        return OK, Viewer("https://whep", {})
+
+    async def end(self, _: Session) -> CallResult:
+        return OK
+
+
+class Life:
+    """Counts the connections that a session of a link has had."""
+
+    def __init__(self, session: Session_) -> None:
+        self.count = 0
+        self._session = session
+
+    async def __call__(self, connection: AbstractConnection) -> None:
+        self.count += 1
+        await self._session(connection)
+
+
+@dataclass(frozen=True)
+class Station:
+    """A running worker. Its tasks end only with an error: nothing that happens to a connection may end them."""
+
+    inbox: Inbox
+    outbox: Outbox
+    avatar: Avatar
+    lanes: Lanes
+    settler: Settler
+    consuming: Life
+    publishing: Life
+    tasks: "tuple[asyncio.Task[None], ...]"
+
+    async def ready(self) -> None:
+        """Return when it consumes and publishes."""
+        ready = asyncio.gather(self.inbox.ready.wait(), self.outbox.ready.wait())
+        done, _ = await asyncio.wait({ready, *self.tasks}, timeout=30, return_when=asyncio.FIRST_COMPLETED)
+        if ready not in done:
+            ready.cancel()
+        for task in self.tasks:
+            if task.done():
+                task.result()
+        assert ready in done, "not ready in 30 s"
+
+    def lives(self) -> tuple[int, int]:
+        """How many connections it has had for consuming and for publishing."""
+        return self.consuming.count, self.publishing.count
+
+    async def said(self, *texts: str) -> None:
+        """Return once the avatar was handed exactly these texts."""
+        await eventually(lambda: [piece.text for piece in self.avatar.said] == list(texts))
+
+    async def settled(self) -> None:
+        """Return when all that ended was told and acknowledged."""
+        async with asyncio.timeout(20):
+            await self.settler.drain()
+
+    async def gone(self) -> None:
+        """Drop everything, as if the process had been killed. What it had not acknowledged is in its queue again."""
+        self.inbox.gate()
+        for task in self.tasks:
+            task.cancel()
+        await asyncio.gather(*self.tasks, return_exceptions=True)
+        await self.lanes.abandon()
+
+
+Start = Callable[..., AbstractAsyncContextManager[Station]]
+
+
+@pytest.fixture
+def start(amqp_url: str) -> Start:
+    """How a test starts a worker of its own."""
+
+    @asynccontextmanager
+    async def start(
+        *,
+        url: str = amqp_url,
+        publish_url: str | None = None,
+        name: str = "w1",
+        partitions: int = 1,
+        event_retry_s: float = 30.0,
+    ) -> AsyncIterator[Station]:
+        clock, avatar = SteadyClock(), Avatar()
+        store = await SqlStore.open("sqlite://")
+        outbox = Outbox(source="test", worker=name, event_retry_s=event_retry_s, clock=clock)
+        settler = Settler(outbox)
+        lanes = Lanes(Rules(default_avatar="a"), Desk(avatar, store, name, clock), settler, clock, keep_s=3600)
+        inbox = Inbox(lanes, wanted=Record(partitions, STORE), worker=name, prefetch=200, clock=clock)
+        consuming, publishing = Life(inbox.session), Life(outbox.session)
+        tasks = tuple(
+            asyncio.create_task(Link(where, name=name, heartbeat_s=10).run(life))
+            for where, life in ((url, consuming), (publish_url or url, publishing))
+        )
+        station = Station(inbox, outbox, avatar, lanes, settler, consuming, publishing, tasks)
+        try:
+            await station.ready()
+            yield station
+        finally:
+            await station.gone()
+            await store.close()
+
+    return start
+
+
+@pytest.fixture
+async def station(start: Start) -> AsyncIterator[Station]:
+    async with start() as station:
+        yield station
+
+
+@pytest.fixture
+async def bus(amqp_url: str) -> AsyncIterator[Bus]:
+    async with connected(amqp_url) as bus:
+        await bus.listen()
+        yield bus

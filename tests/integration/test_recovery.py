@@ -1,0 +1,154 @@
+"""The broker goes away in whatever way: the worker comes back by itself, and nothing is lost or said twice."""
+
+import asyncio
+
+import pytest
+from aio_pika.abc import AbstractConnection
+
+from schemas.routes import partition_queue
+from tests.integration.conftest import STORE, Start
+from tests.support.bus import Bus, connected, eventually
+from tests.support.proxy import proxied
+from worker.amqp.inbox import AmqpDelivery, Inbox
+from worker.amqp.topology import Record
+from worker.core.model import Entry, Misfit
+from worker.flow.clock import SteadyClock
+from worker.local.broker import OwnedBroker
+
+QUEUE = "avatar.commands.v1.p00"
+
+
+async def test_a_say_in_flight_outlives_the_connection(start: Start, bus: Bus, amqp_url: str) -> None:
+    async with proxied(amqp_url) as proxy, start(url=proxy.url) as station:
+        station.avatar.gate.clear()
+        first = await bus.say("c", "t", "one ", final=False)
+        await station.said("one ")
+        second = await bus.say("c", "t", "two")
+        proxy.cut()
+        await eventually(lambda: station.consuming.count > 1)
+        await station.ready()
+        station.avatar.gate.set()
+        await bus.all_ended([first, second])
+        await station.said("one ", "two")
+        await station.settled()
+        await station.gone()
+        assert await bus.depth(QUEUE) == 0
+
+
+async def test_nothing_is_lost_or_said_twice_while_the_connection_comes_and_goes(
+    start: Start, bus: Bus, amqp_url: str
+) -> None:
+    async with proxied(amqp_url) as proxy, start(url=proxy.url, partitions=2) as station:
+        ids, words = [], [f"word{number} " for number in range(200)]
+        for number, word in enumerate(words):
+            ids.append(await bus.say("c", "t", word, final=number == 199))
+            if number % 50 == 30:
+                proxy.cut()
+        await bus.all_ended(ids)
+        assert "".join(piece.text for piece in station.avatar.said) == "".join(words)
+        assert station.lives()[0] > 1
+        await station.ready()
+        await station.settled()
+        await station.gone()
+        assert [await bus.depth(partition_queue(number)) for number in (0, 1)] == [0, 0]
+
+
+async def test_a_deleted_queue_is_declared_again(start: Start, bus: Bus) -> None:
+    async with start(partitions=2) as station:
+        for number in (0, 1):
+            await bus.channel.queue_delete(partition_queue(number))
+            await eventually(lambda number=number: station.consuming.count > 1 + number)
+            await station.ready()
+        ids = [await bus.say(f"c{number}", "t", "x") for number in range(20)]
+        await bus.all_ended(ids)
+
+
+async def test_another_worker_takes_over(start: Start, bus: Bus) -> None:
+    async with start(name="w1") as first, start(name="w2") as second:
+        await bus.ended(await bus.say("c", "t", "one"))
+        owner, standby = (first, second) if first.avatar.said else (second, first)
+        owner.avatar.gate.clear()
+        message_id = await bus.say("c", "t", "two")
+        await owner.said("one", "two")
+        await owner.gone()
+        await bus.ended(message_id)
+        await standby.said("two")
+
+
+class Catcher:
+    """An `inbox.Receiver` that keeps what comes."""
+
+    def __init__(self) -> None:
+        self.entries: asyncio.Queue[Entry] = asyncio.Queue()
+
+    def offer(self, entry: Entry) -> None:
+        self.entries.put_nowait(entry)
+
+    def reject(self, misfit: Misfit) -> None:
+        raise AssertionError(misfit)
+
+    def forget(self, is_gone: object) -> None:
+        pass
+
+
+async def consume(connection: AbstractConnection, catcher: Catcher) -> tuple[Inbox, "asyncio.Task[None]"]:
+    inbox = Inbox(catcher, wanted=Record(1, STORE), worker="w", prefetch=10, clock=SteadyClock())
+    task = asyncio.create_task(inbox.session(connection))
+    async with asyncio.timeout(10):
+        await inbox.ready.wait()
+    return inbox, task
+
+
+@pytest.mark.parametrize("loss", ["gate", "channel", "connection"])
+async def test_a_delivery_that_is_no_longer_ours_is_stale(bus: Bus, amqp_url: str, loss: str) -> None:
+    catcher = Catcher()
+    async with connected(amqp_url) as other:
+        inbox, task = await consume(other.connection, catcher)
+        await bus.say("c", "t", "x")
+        entry = await asyncio.wait_for(catcher.entries.get(), 10)
+        delivery = entry.delivery
+        assert isinstance(delivery, AmqpDelivery)
+        if loss == "gate":
+            inbox.gate()
+        elif loss == "channel":
+            await delivery._channel.close()
+        else:
+            await other.connection.close()
+        assert await delivery.settle() is False
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+    assert await bus.depth(QUEUE) == 1
+
+
+async def test_a_delivery_is_acknowledged(bus: Bus, amqp_url: str) -> None:
+    catcher = Catcher()
+    async with connected(amqp_url) as other:
+        _, task = await consume(other.connection, catcher)
+        await bus.say("c", "t", "x")
+        entry = await asyncio.wait_for(catcher.entries.get(), 10)
+        assert isinstance(entry.delivery, AmqpDelivery)
+        assert await entry.delivery.settle() is True
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+    assert await bus.depth(QUEUE) == 0
+
+
+async def test_the_broker_restarts(start: Start, owned_broker: OwnedBroker) -> None:
+    async with start(url=owned_broker.url, partitions=2) as station:
+        async with connected(owned_broker.url) as before:
+            station.avatar.gate.clear()
+            held = await before.say("held", "t", "one ", final=False)
+            await station.said("one ")
+        await asyncio.to_thread(owned_broker.stop)
+        station.avatar.gate.set()
+        await asyncio.to_thread(owned_broker.start)
+        async with connected(owned_broker.url) as after:
+            await after.listen()
+            await station.ready()
+            last = await after.say("held", "t", "two")
+            await after.ended(last)
+            await station.said("one ", "two")
+            assert held in after.terminal() or station.lives()[1] > 1
+            await station.settled()
+            await station.gone()
+            assert [await after.depth(partition_queue(number)) for number in (0, 1)] == [0, 0]

@@ -1,0 +1,223 @@
+"""Fakes of the ports for the tests of the flow: they note what is asked of them, and a test decides how it ends."""
+
+import asyncio
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import count
+from typing import Any
+
+from schemas.events import Event
+from worker.core.model import CallKind, CallResult, Piece, ReplyTo, Session, Viewer
+from worker.core.verdict import Parked
+from worker.core.work import Open
+from worker.ports import Delivery, Held
+
+OK = CallResult(CallKind.OK, 200)
+DEADLINE_S = 5.0
+
+
+async def until(condition: Callable[[], Any], what: str = "") -> None:
+    """Let the loop run until the condition holds; fails after `DEADLINE_S`."""
+    try:
+        async with asyncio.timeout(DEADLINE_S):
+            while not condition():
+                await asyncio.sleep(0.001)
+    except TimeoutError:
+        raise AssertionError(f"never happened: {what or condition}") from None
+
+
+async def idle() -> None:
+    """Let everything that can run now run: for what must *not* happen."""
+    for _ in range(50):
+        await asyncio.sleep(0)
+
+
+@dataclass
+class FakeClock:
+    """Time that a test puts on."""
+
+    now: float = 1_000_000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@dataclass
+class FakeApi:
+    """The Avatar API. `results` are used up one a call, by verb; `gates` hold back the answer of a verb until set."""
+
+    results: dict[str, list[CallResult | Exception]] = field(default_factory=dict)
+    gates: dict[str, asyncio.Event] = field(default_factory=dict)
+    calls: list[tuple[str, str, str]] = field(default_factory=list)
+    running: dict[str, int] = field(default_factory=dict)
+    overlaps: int = 0
+    _sessions: Iterator[int] = field(default_factory=lambda: count(1))
+
+    def verbs(self, session_id: str | None = None) -> list[str]:
+        """What was called, of one session or of all."""
+        return [verb for verb, session, _ in self.calls if session_id in (None, session)]
+
+    @property
+    def said(self) -> list[str]:
+        """The texts of all says."""
+        return [text for verb, _, text in self.calls if verb == "say"]
+
+    async def _call(self, verb: str, session_id: str, text: str = "") -> CallResult:
+        self.calls.append((verb, session_id, text))
+        self.overlaps += self.running.get(session_id, 0)
+        self.running[session_id] = self.running.get(session_id, 0) + 1
+        try:
+            gate = self.gates.get(f"{verb} {text}") or self.gates.get(verb)
+            if gate is not None:
+                await gate.wait()
+            else:
+                await asyncio.sleep(0)
+        finally:
+            self.running[session_id] -= 1
+        results = self.results.get(verb)
+        result = results.pop(0) if results else OK
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    async def create(self, wanted: Open) -> tuple[CallResult, Session | None]:
+        session_id = f"s{next(self._sessions)}"
+        result = await self._call("create", session_id)
+        session = Session(session_id, "token", wanted.avatar_id, wanted.voice_id)
+        return result, session if result.kind is CallKind.OK else None
+
+    async def say(self, session: Session, piece: Piece) -> CallResult:
+        return await self._call("say", session.session_id, piece.text)
+
+    async def interrupt(self, session: Session) -> CallResult:
+        return await self._call("interrupt", session.session_id)
+
+    async def keep_alive(self, session: Session) -> CallResult:
+        return await self._call("keep_alive", session.session_id)
+
+    async def init_client(self, session: Session) -> tuple[CallResult, Viewer | None]:
+        result = await self._call("init_client", session.session_id)
+        return result, Viewer("https://whep", {}) if result.kind is CallKind.OK else None
+
+    async def end(self, session: Session) -> CallResult:
+        return await self._call("end", session.session_id)
+
+
+@dataclass
+class FakeOutbox:
+    """What left for the broker, in one `log` with what was acknowledged; `gate` holds events back until set."""
+
+    log: list[tuple[str, Any]] = field(default_factory=list)
+    gate: asyncio.Event | None = None
+    failures: list[str] = field(default_factory=list)
+
+    async def _do(self, what: str, detail: Any) -> None:
+        await asyncio.sleep(0)
+        if what in self.failures:
+            self.failures.remove(what)
+            raise RuntimeError("a bug")
+        self.log.append((what, detail))
+
+    async def tell(self, event: Event) -> None:
+        if self.gate is not None:
+            await self.gate.wait()
+        await self._do("tell", event)
+
+    async def park(self, delivery: Delivery, parked: Parked) -> None:
+        await self._do("park", parked.reason)
+
+    async def answer(self, reply_to: ReplyTo, payload: Mapping[str, Any]) -> None:
+        await self._do("answer", dict(payload))
+
+    @property
+    def whats(self) -> list[str]:
+        """What was done, in order."""
+        return [what for what, _ in self.log]
+
+    @property
+    def told(self) -> list[str]:
+        """The short types of the events."""
+        return [event.type.removeprefix("avatar.") for what, event in self.log if what == "tell"]
+
+
+@dataclass(eq=False)
+class FakeDelivery:
+    """The broker's side of a command, which notes its acknowledgement in the outbox's log."""
+
+    outbox: FakeOutbox
+    name: str = ""
+    origin: object = None
+    settled: int = 0
+
+    async def settle(self) -> bool:
+        await asyncio.sleep(0)
+        self.settled += 1
+        self.outbox.log.append(("settle", self.name))
+        return True
+
+
+@dataclass
+class FakeStore:
+    """A session store in a dict that can be out of reach. Several owners may share one."""
+
+    rows: dict[str, tuple[Held, str, float]] = field(default_factory=dict)
+    broken: bool = False
+    puts: int = 0
+
+    def _check(self) -> None:
+        if self.broken:
+            raise OSError("out of reach")
+
+    async def identity(self) -> str:
+        return "fake"
+
+    async def take(self, conversation_id: str, owner: str, until: float) -> Held | None:
+        await asyncio.sleep(0)
+        self._check()
+        if conversation_id not in self.rows:
+            return None
+        held, _, _ = self.rows[conversation_id]
+        self.rows[conversation_id] = (held, owner, until)
+        return held
+
+    async def put(self, held: Held, owner: str, until: float) -> None:
+        await asyncio.sleep(0)
+        self._check()
+        self.puts += 1
+        self.rows[held.conversation_id] = (held, owner, until)
+
+    async def renew(self, held: Mapping[str, Held], owner: str, until: float) -> set[str]:
+        await asyncio.sleep(0)
+        self._check()
+        lost = set()
+        for conversation_id, one in held.items():
+            row = self.rows.get(conversation_id)
+            if row is None or row[1] != owner or row[0].session.session_id != one.session.session_id:
+                lost.add(conversation_id)
+            else:
+                self.rows[conversation_id] = (replace(row[0], last_used=one.last_used), owner, until)
+        return lost
+
+    async def adopt(self, owner: str, now: float, until: float) -> list[Held]:
+        await asyncio.sleep(0)
+        self._check()
+        stale = [held for held, _, lease in self.rows.values() if lease < now]
+        for held in stale:
+            self.rows[held.conversation_id] = (held, owner, until)
+        return stale
+
+    async def remove(self, held: Held, owner: str) -> bool:
+        self._check()
+        row = self.rows.get(held.conversation_id)
+        if row is None or row[1] != owner or row[0].session.session_id != held.session.session_id:
+            return False
+        del self.rows[held.conversation_id]
+        return True
+
+    async def release(self, owner: str) -> None:
+        for conversation_id, (held, holder, _) in self.rows.items():
+            if holder == owner:
+                self.rows[conversation_id] = (held, owner, 0.0)
+
+    async def close(self) -> None:
+        pass
