@@ -2,6 +2,7 @@
 
 from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any, Protocol, runtime_checkable
 
 from schemas.events import Event
@@ -118,6 +119,16 @@ class SessionStore(Protocol):
         """Let go of all that `owner` holds: anybody may adopt it at once."""
 
 
+class Grant(StrEnum):
+    """Whether something was written."""
+
+    GRANTED = "granted"
+    OUTDATED = "outdated"
+    """Somebody else has written about the conversation: look again."""
+    REFUSED = "refused"
+    """The partition has another owner."""
+
+
 class Ledger(Protocol):
     """What every conversation remembers, kept over restarts and shared by all workers.
 
@@ -131,13 +142,14 @@ class Ledger(Protocol):
     async def known(self, conversation_id: str, message_ids: Sequence[str]) -> dict[str, Ended]:
         """Which of these commands have ended, and how."""
 
-    def intend(self, conversation_id: str, changes: Changes | None, partition: int, epoch: int) -> Awaitable[bool]:
-        """Write before a call is made. False, and nothing is written: the partition has another owner by now."""
+    def intend(self, conversation_id: str, changes: Changes | None, partition: int, epoch: int) -> Awaitable[Grant]:
+        """Write before a call is made, if the partition is still owned and nobody else has written meanwhile."""
 
-    def record(self, conversation_id: str, changes: Changes) -> Awaitable[object]:
-        """Write what has happened, whoever owns the partition: an outcome is a fact.
+    def record(self, conversation_id: str, changes: Changes, *, outcome: bool) -> Awaitable[Grant]:
+        """Write what has happened; if that is not granted, nothing is written, and what happens is another's to say.
 
-        The state is left alone where a newer attempt stands, and a command that has ended does not end again.
+        An `outcome` is a fact, and is written as long as its attempt is the newest, whoever owns the partition;
+        anything else only if nobody else has written meanwhile.
         """
 
     async def raise_epoch(self, partition: int) -> int:

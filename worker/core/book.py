@@ -68,8 +68,8 @@ class Book:
                 assert isinstance(entry, Entry)
                 self._leave(entry)
                 if entry.message_id is not None:
-                    assert conclusion.event is not None
-                    self.memory.end(entry.message_id, Ended(entry.fingerprint, conclusion.event, now))
+                    ended = Ended(entry.fingerprint, conclusion.event, now, conclusion.before, conclusion.after)
+                    self.memory.end(entry.message_id, ended)
 
     def repeat(self, entry: Entry, session: Session | None) -> None:
         """End a known entry: as its command ended, or as rejected if the body is another one."""
@@ -77,7 +77,7 @@ class Book:
         ended = self.memory.ended[entry.message_id]
         self._leave(entry)
         if ended.fingerprint == entry.fingerprint:
-            self._out.append(verdict.repeated(ended.event, entry, session))
+            self._out.append(verdict.repeated(ended, entry, session))
         else:
             self._out.append(verdict.message_id_reused(self.conversation_id, entry))
 

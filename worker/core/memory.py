@@ -40,11 +40,13 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """How a command ended: the event that said so, and a fingerprint of the body that bore its id."""
+    """How a command ended: the event that said so, with those that went with it, and a fingerprint of the body."""
 
     fingerprint: bytes
     event: Event
     at: float
+    before: tuple[Event, ...] = ()
+    after: tuple[Event, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +89,12 @@ class State:
 
 @dataclass(frozen=True, slots=True)
 class Changes:
-    """What is to be written of a conversation: its state, the turns that changed, the commands that ended."""
+    """What is to be written of a conversation: its state, the turns that changed, the commands that ended.
 
+    `version`: of what stood in the ledger when this was decided; it is one higher when this is written.
+    """
+
+    version: int
     state: State
     turns: Mapping[str, Turn]
     ended: Mapping[str, Ended]
@@ -102,9 +108,10 @@ class Memory:
     """
 
     def __init__(
-        self, state: State | None = None, turns: Mapping[str, Turn] | None = None, *, fresh: bool = True
+        self, state: State | None = None, turns: Mapping[str, Turn] | None = None, *, version: int = 0
     ) -> None:
-        self.fresh = fresh
+        self.version = version
+        self.fresh = version == 0
         self.state = state or State()
         self.turns: dict[str, Turn] = dict(turns or {})
         self.ended: dict[str, Ended] = {}
@@ -185,6 +192,7 @@ class Memory:
         if not self._touched and not self._new and self.state is self._written:
             return None
         turns = {turn_id: replace(self.turns[turn_id]) for turn_id in self._touched}
-        changes = Changes(self.state, turns, self._new)
+        changes = Changes(self.version, self.state, turns, self._new)
+        self.version += 1
         self._touched, self._new, self._written = set(), {}, self.state
         return changes

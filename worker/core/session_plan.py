@@ -12,6 +12,7 @@ from worker.core.book import Book
 from worker.core.model import CallKind, CallResult, Entry, Session, Viewer
 from worker.core.retry import Attempts
 from worker.core.speech import Speech
+from worker.core.verdict import Conclusion
 from worker.core.work import Attach, Call, Close, InitClient, Open, Rules, Wait
 
 END_ATTEMPTS = 3
@@ -59,7 +60,7 @@ class SessionPlan:
     def plan_end(self, entry: Entry, now: float) -> Call | Wait | None:
         """Close the open turns, let them be heard, end the session."""
         for turn_id in list(self._book.memory.open_turns()):
-            self._speech.close(turn_id, entry, now, final_sent=False)
+            self._book.tell(Conclusion(self._speech.close(turn_id, entry, now, final_sent=False)))
         if self.session is not None:
             return self._close(EndReason.REQUESTED, now)
         self._book.end([verdict.session_ended(self._book.conversation_id, None, EndReason.REQUESTED, entry)], now)

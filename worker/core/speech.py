@@ -1,13 +1,15 @@
 """How chunks become calls: the next piece, what its outcome means, and what becomes of its turn."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
-from schemas.events import DiscardReason, SpeechFailure
+from schemas.events import DiscardReason, Event, SpeechFailure
 from worker.core import pieces, verdict
 from worker.core.book import Book
 from worker.core.memory import Attempt, SentPart, TurnState
 from worker.core.model import CallKind, CallResult, Entry, Part, Piece, speak_of
 from worker.core.retry import Attempts
+from worker.core.verdict import Conclusion
 from worker.core.work import Rules, Wait
 
 CHARS_PER_S = 14.0
@@ -139,8 +141,6 @@ class Speech:
         turn.text_length += len(piece.text)
         memory.heard_last = frozenset({piece.turn_id})
         memory.playing_until = max(memory.playing_until, now) + len(piece.text) / CHARS_PER_S
-        if turn.pieces == 1 and not turn.silent:
-            self._book.tell(verdict.turn_started(conversation_id, piece))
         told_blindly = any(
             (part.entry.redelivered and part.entry.message_id is None) or part.entry.key in self._doubtful
             for part in piece.parts
@@ -152,12 +152,16 @@ class Speech:
             latency_ms=verdict.milliseconds(now - piece.born),
             repeated=self.perhaps_said or told_blindly,
         )
-        self._book.end([accepted], now)
+        before: tuple[Event, ...] = ()
+        after: tuple[Event, ...] = ()
+        if turn.pieces == 1 and not turn.silent:
+            before = (verdict.turn_started(conversation_id, piece),)
+        if piece.is_final and not turn.silent:
+            after = (self.close(piece.turn_id, piece.parts[-1].entry, now, final_sent=True),)
+        self._book.end([replace(accepted, before=before, after=after)], now)
         for part in piece.parts:
             if not part.last:
                 memory.speak_up_to(part.entry.key, part.end)
-        if piece.is_final and not turn.silent:
-            self.close(piece.turn_id, piece.parts[-1].entry, now, final_sent=True)
         self.drop()
 
     def fail(self, reason: SpeechFailure, why: CallResult, now: float) -> None:
@@ -169,16 +173,15 @@ class Speech:
         if not turn.silent:
             turn.state = TurnState.FAILED
             failed = verdict.failed(conversation_id, entries, reason, attempts=self._attempts.count, why=why)
-            self._book.end([failed], now)
-            self._book.tell(verdict.turn_failed(conversation_id, entries[0], reason))
+            after = (verdict.turn_failed(conversation_id, entries[0], reason),)
+            self._book.end([replace(failed, after=after)], now)
         self.drop()
 
-    def close(self, turn_id: str, closing: Entry, now: float, *, final_sent: bool) -> None:
-        """All of the turn was handed over; `closing` is the command that said so."""
+    def close(self, turn_id: str, closing: Entry, now: float, *, final_sent: bool) -> Event:
+        """All of the turn was handed over; `closing` is the command that said so. Returns the event to tell it by."""
         turn = self._memory.turn(turn_id, now)
         turn.state = TurnState.CLOSED
-        done = verdict.turn_completed(self._book.conversation_id, turn_id, turn, closing, final_sent=final_sent)
-        self._book.tell(done)
+        return verdict.turn_completed(self._book.conversation_id, turn_id, turn, closing, final_sent=final_sent)
 
     def silence(self, interrupt: Entry, wanted: str | None, now: float, spared: Sequence[Entry]) -> dict[str, int]:
         """An interrupt: end the chunks it is about and mark their turns. `spared` chunks are in a call just now.
@@ -198,9 +201,11 @@ class Speech:
         conversation_id = self._book.conversation_id
         for turn_id, entries in doomed.items():
             self._memory.turn(turn_id, now).state = TurnState.INTERRUPTED
+            silent = verdict.turn_interrupted(conversation_id, turn_id, interrupt, len(entries))
             if entries:
-                self._book.end(verdict.discarded(conversation_id, entries, DiscardReason.INTERRUPTED), now)
-            self._book.tell(verdict.turn_interrupted(conversation_id, turn_id, interrupt, len(entries)))
+                self._discard(entries, DiscardReason.INTERRUPTED, now, after=(silent,))
+            else:
+                self._book.tell(Conclusion(silent))
         return {turn_id: len(entries) for turn_id, entries in doomed.items()}
 
     # What is not said.
@@ -213,19 +218,21 @@ class Speech:
             if now < self._blank_since + BLANK_WAIT_S:
                 return Wait(self._blank_since + BLANK_WAIT_S)
         self._blank_since = None
-        self._book.end(verdict.discarded(self._book.conversation_id, run, DiscardReason.EMPTY), now)
         turn_id = speak_of(run[-1]).turn_id
+        after: tuple[Event, ...] = ()
         if final and self._memory.turn(turn_id, now).state is not TurnState.CLOSED:
-            self.close(turn_id, run[-1], now, final_sent=False)
+            after = (self.close(turn_id, run[-1], now, final_sent=False),)
+        self._discard(run, DiscardReason.EMPTY, now, after=after)
         return None
 
     def _end_unspeakable(self, now: float) -> bool:
         """End the chunks at the head if their turn is silent, or the first of them is too old."""
         head, conversation_id = self._book.head, self._book.conversation_id
         turn_id = speak_of(head).turn_id
+        before: tuple[Event, ...] = ()
         if self._speakable(head) and self._expired(head, now):
             self._memory.turn(turn_id, now).state = TurnState.EXPIRED
-            self._book.tell(verdict.turn_failed(conversation_id, head, "expired"))
+            before = (verdict.turn_failed(conversation_id, head, "expired"),)
         if self._speakable(head):
             return False
         attempt = self._memory.state.attempt
@@ -236,10 +243,25 @@ class Speech:
             case TurnState.FAILED:
                 self._book.end([verdict.failed(conversation_id, run, SpeechFailure.TURN_FAILED, why=None)], now)
             case TurnState.EXPIRED:
-                self._book.end(verdict.discarded(conversation_id, run, DiscardReason.EXPIRED), now)
+                self._discard(run, DiscardReason.EXPIRED, now, before=before)
             case _:
-                self._book.end(verdict.discarded(conversation_id, run, DiscardReason.INTERRUPTED), now)
+                self._discard(run, DiscardReason.INTERRUPTED, now)
         return True
+
+    def _discard(
+        self,
+        entries: Sequence[Entry],
+        reason: DiscardReason,
+        now: float,
+        *,
+        before: tuple[Event, ...] = (),
+        after: tuple[Event, ...] = (),
+    ) -> None:
+        """End chunks of one turn unspoken; the events go with the first and the last of what tells it."""
+        told = list(verdict.discarded(self._book.conversation_id, entries, reason))
+        told[0] = replace(told[0], before=before)
+        told[-1] = replace(told[-1], after=after)
+        self._book.end(told, now)
 
     def _run(self, now: float) -> Iterator[Entry]:
         """The chunks at the head that may share a piece: of one turn, up to its final; one alone if shaping is off."""

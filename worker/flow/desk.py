@@ -6,7 +6,7 @@ lease; the store has it too, and catches up at the next renewal if it was out of
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 
@@ -64,9 +64,13 @@ class Desk:
         self.hold(replace(held, last_used=self._clock()), last_success=known.last_success if known else 0.0)
         return held.session
 
-    async def carry_out(self, conversation_id: str, call: Call) -> tuple[CallResult, Session | Viewer | None]:
-        """Make one call, when the line is free; returns what came of it, and what it brought."""
+    async def carry_out(
+        self, conversation_id: str, call: Call, still: Callable[[], bool]
+    ) -> tuple[CallResult, Session | Viewer | None]:
+        """Make one call when the line is free, if it is `still` wanted then; returns what came of it."""
         async with self.line(conversation_id):
+            if not still():
+                return CallResult(CallKind.NOT_TAKEN, error="it came too late to be made", local=True), None
             try:
                 result, got = await self._call(conversation_id, call)
             except Exception as error:  # noqa: BLE001 - a bug of ours is no reason to forget that something was sent

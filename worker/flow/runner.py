@@ -9,7 +9,7 @@ of reach) is dropped too, and built again from what it held, after a pause; its 
 import asyncio
 import random
 from collections import deque
-from collections.abc import Awaitable, Sequence
+from collections.abc import Sequence
 
 import structlog
 
@@ -17,14 +17,14 @@ from worker.core.book import Book
 from worker.core.breaker import Breaker
 from worker.core.lane import Lane
 from worker.core.memory import Memory
-from worker.core.model import CallKind, CallResult, Entry, Session
+from worker.core.model import CallResult, Entry, Session
 from worker.core.verdict import Conclusion
 from worker.core.work import Call, Rules, Wait
 from worker.errors import LinkLost
 from worker.flow.desk import Desk
 from worker.flow.settler import Settler
 from worker.ops import logs
-from worker.ports import Clock, Delivery, Ledger, Tenure
+from worker.ports import Clock, Delivery, Grant, Ledger, Tenure
 
 _log = structlog.stdlib.get_logger(__name__)
 
@@ -62,6 +62,7 @@ class Runner:
         self._memory = Memory()
         self._book = Book(conversation_id, self._memory)
         self._lane = Lane(self._book, rules)
+        self._recorded: asyncio.Future[Grant] | None = None
         self._wake = asyncio.Event()
         self._stopping = asyncio.Event()
 
@@ -93,9 +94,7 @@ class Runner:
                 _log.exception(logs.LANE_CRASHED, conversation_id=self.conversation_id, pause_s=pause_s)
             await _before(self._stopping, pause_s)
             pause_s = min(pause_s * 2, LONGEST_PAUSE_S)
-            if self._tenure is not None:
-                self._arrived.extendleft(reversed(tuple(self._book)))
-                self._tenure = None
+            self._rebuild()
 
     async def _serve(self) -> None:
         while not self._stopping.is_set():
@@ -130,9 +129,14 @@ class Runner:
                 if len(self._lane):
                     return
                 await self._begin(tenure)
-            await self._look_up({entry.message_id for entry in self._arrived if entry.message_id is not None})
-            while self._arrived and tenure_of(self._arrived[0]) is tenure is self._tenure:
-                self._submit(self._lane.offer(self._arrived.popleft(), self._clock()))
+            here = list(self._arrived)
+            await self._look_up({entry.message_id for entry in here if entry.message_id is not None})
+            # No more than was looked up: others may have arrived, or the tenure may have ended, meanwhile.
+            for entry in here:
+                if tenure_of(entry) is not tenure or self._tenure is not tenure:
+                    break
+                self._arrived.popleft()
+                self._submit(self._lane.offer(entry, self._clock()))
 
     async def _look_up(self, message_ids: set[str]) -> None:
         self._memory.trim()
@@ -143,6 +147,8 @@ class Runner:
     async def _begin(self, tenure: Tenure) -> None:
         """A lane for this tenure, with what the ledger and the store know of the conversation."""
         self._tenure = tenure
+        if self._recorded is not None:
+            await asyncio.wait([self._recorded])
         session = await self._desk.recall(self.conversation_id)
         self._set_up(await self._ledger.recall(self.conversation_id), session)
 
@@ -154,29 +160,52 @@ class Runner:
 
     async def _call(self, call: Call) -> CallResult | None:
         """The intent is written, the call made, its outcome recorded: in this order, or not at all."""
-        asked, tenure = self._clock(), self._tenure
+        asked, tenure, lane = self._clock(), self._tenure, self._lane
         if tenure is None:
             return None
         try:
             epoch = await tenure.epoch()
         except LinkLost:
+            self.forget(tenure)
             return None
-        if not await self._ledger.intend(self.conversation_id, self._memory.take_changes(), tenure.partition, epoch):
+        grant = await self._ledger.intend(self.conversation_id, self._memory.take_changes(), tenure.partition, epoch)
+        if grant is Grant.OUTDATED:
+            self._rebuild()
+            return None
+        if grant is Grant.REFUSED:
             tenure.refused()
+            self.forget(tenure)
             return None
-        result, got = CallResult(CallKind.NOT_TAKEN, error="the intent took too long", local=True), None
-        # Whoever owns the partition next counts the ambiguity wait from when the attempt began.
-        if self._tenure is tenure and self._clock() - asked < INTENT_S:
-            result, got = await self._desk.carry_out(self.conversation_id, call)
+
+        def still() -> bool:
+            # Whoever owns the partition next counts the ambiguity wait from when the attempt began.
+            return self._tenure is tenure and self._clock() - asked < INTENT_S
+
+        result, got = await self._desk.carry_out(self.conversation_id, call, still)
         jitter = random.random()  # noqa: S311 - spreads retries, guards nothing
-        self._submit(self._lane.done(call, result, self._clock(), got=got, jitter=jitter))
+        self._submit(lane.done(call, result, self._clock(), got=got, jitter=jitter), outcome=True)
         return result
 
-    def _submit(self, conclusions: Sequence[Conclusion]) -> None:
-        changes = self._memory.take_changes()
-        recorded: Awaitable[object] | None = None
-        if changes is not None:
-            recorded = self._ledger.record(self.conversation_id, changes)
+    def _rebuild(self) -> None:
+        """Put what the lane holds back in front of what has arrived: another lane will begin with it."""
+        if self._tenure is not None:
+            self._arrived.extendleft(reversed(tuple(self._book)))
+            self._tenure = None
+
+    def _submit(self, conclusions: Sequence[Conclusion], *, outcome: bool = False) -> None:
+        changes, tenure = self._memory.take_changes(), self._tenure
+        if changes is None:
+            self._settler.submit(conclusions)
+            return
+        recorded = asyncio.ensure_future(self._ledger.record(self.conversation_id, changes, outcome=outcome))
+
+        def look(written: asyncio.Future[Grant]) -> None:
+            # What ends here is not told, and must come again: to whoever has the conversation now.
+            if tenure is not None and not written.cancelled() and written.result() is not Grant.GRANTED:
+                tenure.refused()
+
+        recorded.add_done_callback(look)
+        self._recorded = recorded
         self._settler.submit(conclusions, recorded)
 
 

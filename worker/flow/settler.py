@@ -13,7 +13,7 @@ import structlog
 
 from worker.core.verdict import Conclusion
 from worker.ops import logs
-from worker.ports import Delivery, Outbox
+from worker.ports import Delivery, Grant, Outbox
 
 _log = structlog.stdlib.get_logger(__name__)
 
@@ -21,7 +21,7 @@ _log = structlog.stdlib.get_logger(__name__)
 @dataclass(frozen=True, slots=True)
 class _Submitted:
     conclusion: Conclusion
-    recorded: Awaitable[object] | None
+    recorded: Awaitable[Grant] | None
 
 
 class Settler:
@@ -32,7 +32,7 @@ class Settler:
         self._queues: dict[str, deque[_Submitted]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def submit(self, conclusions: Iterable[Conclusion], recorded: Awaitable[object] | None = None) -> None:
+    def submit(self, conclusions: Iterable[Conclusion], recorded: Awaitable[Grant] | None = None) -> None:
         """Carry these out after all that was submitted for the same conversation before, and when they are recorded."""
         for conclusion in conclusions:
             subject = conclusion.event.subject
@@ -70,12 +70,13 @@ class Settler:
         conclusion = submitted.conclusion
         event = conclusion.event
         try:
-            if submitted.recorded is not None:
-                await submitted.recorded
+            if submitted.recorded is not None and await submitted.recorded is not Grant.GRANTED:
+                return  # Another worker has taken the conversation over: how this ends is for it to say.
             if conclusion.parked is not None:
                 for entry in conclusion.entries:
                     await self._outbox.park(_delivery(entry.delivery), conclusion.parked)
-            await self._outbox.tell(event)
+            for one in conclusion.events:
+                await self._outbox.tell(one)
             if conclusion.answer is not None:
                 for entry in conclusion.entries:
                     if entry.reply_to is not None:

@@ -16,7 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from schemas.events import EVENT_TYPES, Event
 from worker.core.memory import Attempt, Changes, Ended, Memory, SentPart, State, Turn, TurnState
 from worker.ops import logs
-from worker.ports import Clock
+from worker.ports import Clock, Grant
 from worker.stores.database import Database
 from worker.stores.tables import commands, conversations, endings, partitions, turns
 
@@ -32,13 +32,14 @@ _DATA_TYPES = {name: data for data, name in EVENT_TYPES.items()}
 
 @dataclass(slots=True)
 class _Job:
-    """One write: `epoch` None for what is written whoever owns the partition."""
+    """One write: `epoch` None for what is written whoever owns the partition, `outcome` for what is a fact."""
 
     conversation_id: str
     changes: Changes | None
     partition: int
     epoch: int | None
-    done: asyncio.Future[bool]
+    outcome: bool
+    done: asyncio.Future[Grant]
 
 
 class SqlLedger:
@@ -64,16 +65,13 @@ class SqlLedger:
     async def recall(self, conversation_id: str) -> Memory:
         """See `ports.Ledger`, here and below."""
         async with self._database.reading() as connection:
-            row = (
-                await connection.execute(
-                    sa.select(conversations.c.state).where(conversations.c.conversation_id == conversation_id)
-                )
-            ).one_or_none()
+            one = sa.select(conversations).where(conversations.c.conversation_id == conversation_id)
+            row = (await connection.execute(one)).one_or_none()
             if row is None:
                 return Memory()
             found = await connection.execute(sa.select(turns).where(turns.c.conversation_id == conversation_id))
             known = {one.turn_id: Turn(TurnState(one.state), one.pieces, one.text_length, one.touched) for one in found}
-        return Memory(_state(row.state), known, fresh=False)
+        return Memory(_state(row.state), known, version=row.version)
 
     async def known(self, conversation_id: str, message_ids: Sequence[str]) -> dict[str, Ended]:
         """One look-up for all."""
@@ -85,15 +83,17 @@ class SqlLedger:
         )
         async with self._database.reading() as connection:
             found = await connection.execute(query)
-            return {row.message_id: Ended(row.fingerprint, _event(row.event), row.touched) for row in found}
+            return {row.message_id: _ended(row) for row in found}
 
-    def intend(self, conversation_id: str, changes: Changes | None, partition: int, epoch: int) -> asyncio.Future[bool]:
-        """Written only if that epoch is the partition's newest."""
-        return self._ask(conversation_id, changes, partition, epoch)
+    def intend(
+        self, conversation_id: str, changes: Changes | None, partition: int, epoch: int
+    ) -> asyncio.Future[Grant]:
+        """Granted while that epoch is the partition's newest, and the conversation's row as it was."""
+        return self._ask(_Job(conversation_id, changes, partition, epoch, outcome=False, done=_future()))
 
-    def record(self, conversation_id: str, changes: Changes) -> asyncio.Future[bool]:
-        """Written in any case."""
-        return self._ask(conversation_id, changes, -1, None)
+    def record(self, conversation_id: str, changes: Changes, *, outcome: bool) -> asyncio.Future[Grant]:
+        """Granted while the row is as it was; an outcome, while its attempt is the newest."""
+        return self._ask(_Job(conversation_id, changes, -1, None, outcome, done=_future()))
 
     async def raise_epoch(self, partition: int) -> int:
         """One statement."""
@@ -115,13 +115,10 @@ class SqlLedger:
                     result = await connection.execute(sa.delete(table).where(sa.tuple_(*key).in_(stale)))
                     full = result.rowcount == PRUNE_ROWS
 
-    def _ask(
-        self, conversation_id: str, changes: Changes | None, partition: int, epoch: int | None
-    ) -> asyncio.Future[bool]:
-        done: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-        self._jobs.append(_Job(conversation_id, changes, partition, epoch, done))
+    def _ask(self, job: _Job) -> asyncio.Future[Grant]:
+        self._jobs.append(job)
         self._wake.set()
-        return done
+        return job.done
 
     async def _flush(self) -> None:
         """Write all there is in one transaction; try until the store takes it."""
@@ -142,18 +139,36 @@ class SqlLedger:
                     job.done.set_result(grant)
         self._wake.clear()
 
-    async def _write(self, batch: Sequence[_Job]) -> list[bool]:
+    async def _write(self, batch: Sequence[_Job]) -> list[Grant]:
         async with self._database.writing() as connection:
-            epochs: dict[int, int] = {}
-            if any(job.epoch is not None for job in batch):
-                epochs = {row.partition: row.epoch for row in await connection.execute(sa.select(partitions))}
-            granted = [job.epoch is None or epochs.get(job.partition) == job.epoch for job in batch]
-            wanted = [job for job, grant in zip(batch, granted, strict=True) if grant and job.changes is not None]
-            await _put(connection, wanted, self._clock())
+            epochs = {row.partition: row.epoch for row in await connection.execute(sa.select(partitions))}
+            columns = (conversations.c.conversation_id, conversations.c.version, conversations.c.number)
+            ids = {job.conversation_id for job in batch}
+            found = await connection.execute(sa.select(*columns).where(columns[0].in_(ids)))
+            rows = {row.conversation_id: (row.version, row.number) for row in found}
+            granted = [_judge(job, rows, epochs) for job in batch]
+            wanted = [job for job, grant in zip(batch, granted, strict=True) if grant is Grant.GRANTED and job.changes]
+            await _put(connection, rows, wanted, self._clock())
         return granted
 
 
-async def _put(connection: AsyncConnection, jobs: Iterable[_Job], now: float) -> None:
+def _judge(job: _Job, rows: dict[str, tuple[int, int]], epochs: Mapping[int, int]) -> Grant:
+    """Whether the job may be written after those before it, whose effect on `rows` is noted."""
+    if job.epoch is not None and epochs.get(job.partition) != job.epoch:
+        return Grant.REFUSED
+    if job.changes is None:
+        return Grant.GRANTED
+    version, number = rows.get(job.conversation_id, (0, 0))
+    mine = job.changes.state.number == number if job.outcome else job.changes.version == version
+    if not mine:
+        return Grant.OUTDATED
+    rows[job.conversation_id] = (version + 1, job.changes.state.number)
+    return Grant.GRANTED
+
+
+async def _put(
+    connection: AsyncConnection, versions: Mapping[str, tuple[int, int]], jobs: Iterable[_Job], now: float
+) -> None:
     rows: dict[sa.Table, list[Mapping[str, Any]]] = {conversations: [], turns: [], endings: [], commands: []}
     for job in jobs:
         changes, conversation_id = job.changes, job.conversation_id
@@ -161,6 +176,7 @@ async def _put(connection: AsyncConnection, jobs: Iterable[_Job], now: float) ->
         rows[conversations].append(
             {
                 "conversation_id": conversation_id,
+                "version": versions[conversation_id][0],
                 "number": changes.state.number,
                 "state": json.dumps(asdict(changes.state), default=sorted),
                 "touched": now,
@@ -172,7 +188,7 @@ async def _put(connection: AsyncConnection, jobs: Iterable[_Job], now: float) ->
         ]
         for message_id, ended in changes.ended.items():
             ending_id = ended.event.id("")
-            rows[endings].append({"ending_id": ending_id, "event": _text(ended.event), "touched": ended.at})
+            rows[endings].append({"ending_id": ending_id, "event": _text(ended), "touched": ended.at})
             rows[commands].append(
                 {
                     "conversation_id": conversation_id,
@@ -191,8 +207,7 @@ def _upsert(table: sa.Table) -> Any:
     statement = insert(table)
     key = list(table.primary_key.columns)
     others = {column.name: statement.excluded[column.name] for column in table.columns if column not in key}
-    newer = table.c.number <= statement.excluded.number if "number" in table.c else None
-    return statement.on_conflict_do_update(index_elements=key, set_=others, where=newer)
+    return statement.on_conflict_do_update(index_elements=key, set_=others)
 
 
 _STATEMENTS: dict[sa.Table, Any] = {
@@ -203,14 +218,27 @@ _STATEMENTS: dict[sa.Table, Any] = {
 }
 
 
-def _text(event: Event) -> str:
+def _text(ended: Ended) -> str:
+    return json.dumps([[_row(event) for event in events] for events in (ended.before, (ended.event,), ended.after)])
+
+
+def _row(event: Event) -> list[Any]:
     data = event.data.model_dump(mode="json", by_alias=True, exclude_none=True)
-    return json.dumps([event.type, event.conversation_id, event.key, event.traceparent, data])
+    return [event.type, event.conversation_id, event.key, event.traceparent, data]
 
 
-def _event(text: str) -> Event:
-    event_type, conversation_id, key, traceparent, data = json.loads(text)
+def _ended(row: Any) -> Ended:
+    before, (event,), after = (tuple(map(_event, rows)) for rows in json.loads(row.event))
+    return Ended(row.fingerprint, event, row.touched, before, after)
+
+
+def _event(row: Sequence[Any]) -> Event:
+    event_type, conversation_id, key, traceparent, data = row
     return Event(conversation_id, _DATA_TYPES[event_type].model_validate(data), key, traceparent)
+
+
+def _future() -> asyncio.Future[Grant]:
+    return asyncio.get_running_loop().create_future()
 
 
 def _state(text: str) -> State:
