@@ -22,7 +22,7 @@ from schemas import routes
 from schemas.commands import FieldError, Malformed, RejectReason, parse
 from worker.amqp import topology
 from worker.amqp.lenient import printable, readable
-from worker.amqp.link import LOSSES
+from worker.amqp.link import LOSSES, named_losses
 from worker.amqp.topology import Record
 from worker.core.model import Entry, Misfit, ReplyTo
 from worker.core.ownership import score
@@ -70,7 +70,8 @@ class ChannelTenure:
         self._channel = channel
         self._raise_epoch = raise_epoch
         self._prefetch = prefetch
-        self._epoch: asyncio.Task[int] | None = None
+        self._epoch: int | None = None
+        self._asking = asyncio.Lock()
 
     @property
     def partition(self) -> int:
@@ -83,14 +84,17 @@ class ChannelTenure:
         Raises:
             LinkLost: the tenure has ended before it was known.
         """
-        if self._epoch is None:
-            self._epoch = asyncio.create_task(self._begin())
-        try:
-            return await asyncio.shield(self._epoch)
-        except asyncio.CancelledError:
-            if self.open:
-                raise
-            raise LinkLost("the partition was given up") from None
+        async with self._asking:
+            if self._epoch is None:
+                try:
+                    with named_losses():
+                        await self._channel.set_qos(self._prefetch)
+                except LOSSES as error:
+                    raise LinkLost(f"the channel of partition {self._partition} is lost: {error}") from None
+                self._epoch = await self._raise_epoch(self._partition)
+        if not self.open:
+            raise LinkLost("the partition was given up")
+        return self._epoch
 
     def refused(self) -> None:
         """Another worker owns the partition: give it up."""
@@ -99,19 +103,10 @@ class ChannelTenure:
     def end(self) -> None:
         """Nothing is acknowledged, or begun, under this tenure any more."""
         self.open = False
-        if self._epoch is not None:
-            self._epoch.cancel()
 
     async def close(self) -> None:
         """Close the channel: what it holds goes back to the head of the queue, in order."""
         await self._channel.close()
-
-    async def _begin(self) -> int:
-        try:
-            await self._channel.set_qos(self._prefetch)
-        except LOSSES as error:
-            raise LinkLost(f"channel lost: {error}") from None
-        return await self._raise_epoch(self._partition)
 
 
 class AmqpDelivery:
