@@ -195,6 +195,12 @@ class TestDuplicates:
         (conclusion,) = [conclusion for conclusion in talk.conclusions if other in conclusion.entries]
         assert conclusion.parked is not None
 
+    def test_an_id_that_something_else_waits_under_is_neither_said_nor_interrupted(self) -> None:
+        other = speak("t1", "a", message_id="m")
+        talk = Conversation().offer(entry("m", type="session.start"), other, interrupt()).settle()
+        assert talk.ends(other) == ["command.rejected message_id_reused"]
+        assert talk.of("interrupt.done")[0]["turnIds"] == []
+
     def test_a_repeat_of_a_failed_command_is_not_parked_again(self) -> None:
         talk = Conversation().offer(speak("t1", "a", message_id="m")).settle(REFUSED)
         talk.conclusions.clear()

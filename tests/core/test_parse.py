@@ -141,7 +141,7 @@ def test_rejected(body: Any, reason: str, field: str) -> None:
 
 
 def test_each_reason_is_covered_by_the_table_above() -> None:
-    (table,) = (mark for mark in test_rejected.pytestmark if mark.name == "parametrize")  # type: ignore[attr-defined]
+    (table,) = (mark for mark in test_rejected.pytestmark if mark.name == "parametrize")
     seen = {reason for _, reason, _ in table.args[1]}
     assert seen == set(RejectReason) - {RejectReason.MESSAGE_ID_REUSED}  # which a lane finds out
 

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 
@@ -40,7 +41,7 @@ class Flow:
         )
         self.deliveries: list[FakeDelivery] = []
 
-    def offer(self, *, conversation_id: str = "c1", reply_to: ReplyTo | None = None, **body: object) -> Entry:
+    def offer(self, *, conversation_id: str = "c1", reply_to: ReplyTo | None = None, **body: Any) -> Entry:
         """Deliver a command."""
         delivery = FakeDelivery(self.outbox, str(body.get("text", body.get("type"))))
         self.deliveries.append(delivery)

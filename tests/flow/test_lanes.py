@@ -14,6 +14,10 @@ from worker.core.model import Misfit, ReplyTo
 from worker.core.work import Step
 
 
+async def said(flow: Flow, text: str) -> None:
+    await until(lambda: text in flow.api.said)
+
+
 async def test_the_journey_of_a_turn(flow: Flow) -> None:
     flow.speak("Hello", final=True)
     await flow.all_settled()
@@ -46,7 +50,7 @@ async def test_a_listener_cannot_stop_speech(flow: Flow) -> None:
     flow.outbox.gate = asyncio.Event()
     for text in "abc":
         flow.speak(text)
-        await until(lambda text=text: text in flow.api.said)
+        await said(flow, text)
     assert not any(delivery.settled for delivery in flow.deliveries)
     flow.outbox.gate.set()
     await flow.all_settled()

@@ -68,7 +68,7 @@ def speak(turn_id: str, text: str, *, final: bool = False, message_id: str | Non
 
 def interrupt(turn_id: str | None = None, *, message_id: str | None = "", **envelope: Any) -> Entry:
     """An interrupt, of one turn or of all."""
-    turn = {} if turn_id is None else {"turnId": turn_id}
+    turn: dict[str, Any] = {} if turn_id is None else {"turnId": turn_id}
     return entry(message_id, type="interrupt", **turn, **envelope)
 
 

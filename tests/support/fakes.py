@@ -20,7 +20,7 @@ async def until(condition: Callable[[], Any], what: str = "") -> None:
     """Let the loop run until the condition holds; fails after `DEADLINE_S`."""
     try:
         async with asyncio.timeout(DEADLINE_S):
-            while not condition():
+            while not condition():  # noqa: ASYNC110  what is polled is any state, not an event
                 await asyncio.sleep(0.001)
     except TimeoutError:
         raise AssertionError(f"never happened: {what or condition}") from None
@@ -124,10 +124,10 @@ class FakeOutbox:
         await self._do("tell", event)
 
     async def park(self, delivery: Delivery, parked: Parked) -> None:
-        await self._do("park", parked.reason)
+        await self._do("park", (delivery, parked.reason))
 
     async def answer(self, reply_to: ReplyTo, payload: Mapping[str, Any]) -> None:
-        await self._do("answer", dict(payload))
+        await self._do("answer", (reply_to.queue, dict(payload)))
 
     @property
     def whats(self) -> list[str]:

@@ -3,12 +3,12 @@
 import asyncio
 import contextlib
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from urllib.parse import urlsplit
 
-import aio_pika
 import structlog
 from aio_pika.abc import AbstractConnection
+from aio_pika.connection import Connection, make_url
 from aio_pika.exceptions import CONNECTION_EXCEPTIONS
 
 from worker.amqp import lenient
@@ -32,9 +32,34 @@ async def connect(url: str, *, name: str, heartbeat_s: int) -> AbstractConnectio
         AMQPError, OSError, TimeoutError: there is none to be had.
     """
     lenient.install()
-    return await aio_pika.connect(
-        url, timeout=CONNECT_TIMEOUT_S, heartbeat=heartbeat_s, client_properties={"connection_name": name}
-    )
+    url_with_heartbeat = make_url(url, heartbeat=heartbeat_s)
+    connection = Connection(url_with_heartbeat, client_properties={"connection_name": name})
+    try:
+        await connection.connect(timeout=CONNECT_TIMEOUT_S)
+    except BaseException:
+        # As `aio_pika.connect`, which leaves this to the garbage collector: that may run when the loop is closed.
+        await connection.close()
+        raise
+    return connection
+
+
+@contextlib.contextmanager
+def named_losses() -> Iterator[None]:
+    """Makes LinkLost of what aiormq raises where a connection dies in an unlucky moment.
+
+    That is a bare Exception, or a cancellation that nobody asked for.
+    """
+    try:
+        yield
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        raise LinkLost("the connection went away meanwhile") from None
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        raise LinkLost("the connection went away meanwhile") from None
 
 
 class Link:
@@ -52,11 +77,12 @@ class Link:
             loop = asyncio.get_running_loop()
             begun = loop.time()
             try:
-                connection = await connect(self._url, name=self._name, heartbeat_s=self._heartbeat_s)
-                try:
-                    return await session(connection)
-                finally:
-                    await _close(connection)
+                with named_losses():
+                    connection = await connect(self._url, name=self._name, heartbeat_s=self._heartbeat_s)
+                    try:
+                        return await session(connection)
+                    finally:
+                        await _close(connection)
             except LOSSES as error:
                 if loop.time() - begun > LONGEST_PAUSE_S:
                     pause_s = FIRST_PAUSE_S

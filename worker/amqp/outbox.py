@@ -14,14 +14,14 @@ from typing import Any
 
 import structlog
 from aio_pika import DeliveryMode, Message
-from aio_pika.abc import AbstractChannel, AbstractConnection
+from aio_pika.abc import AbstractChannel, AbstractConnection, AbstractExchange
 from aio_pika.exceptions import DeliveryError, PublishError
 
 from schemas import routes
 from schemas.events import CONTENT_TYPE, Event, encode
 from worker.amqp import topology
 from worker.amqp.inbox import AmqpDelivery
-from worker.amqp.link import LOSSES
+from worker.amqp.link import LOSSES, named_losses
 from worker.amqp.parked import parked_copy
 from worker.core.model import ReplyTo
 from worker.core.verdict import Parked
@@ -86,7 +86,7 @@ class Outbox:
             )
             try:
                 exchange = await channel.get_exchange(routes.EVENTS, ensure=False)
-                await exchange.publish(message, event.routing_key, mandatory=False, timeout=CONFIRM_TIMEOUT_S)
+                await _publish(exchange, message, event.routing_key, mandatory=False)
             except DeliveryError:
                 now = self._clock()
                 refused_since = refused_since or now
@@ -114,10 +114,10 @@ class Outbox:
             while True:
                 channel = await self._channel(parking=True)
                 try:
-                    await channel.default_exchange.publish(message, routes.PARKED, timeout=CONFIRM_TIMEOUT_S)
+                    await _publish(channel.default_exchange, message, routes.PARKED, mandatory=True)
                 except PublishError:
                     _log.error(logs.PARKING_FAILED, hint=f"the queue {routes.PARKED} is gone; declaring it again")
-                    with contextlib.suppress(*LOSSES):
+                    with contextlib.suppress(*LOSSES), named_losses():
                         await topology.declare_outgoing(channel)
                 except LOSSES:
                     pass
@@ -139,7 +139,7 @@ class Outbox:
         )
         channel = await self._channel(parking=False)
         try:
-            await channel.default_exchange.publish(message, reply_to.queue, mandatory=False, timeout=CONFIRM_TIMEOUT_S)
+            await _publish(channel.default_exchange, message, reply_to.queue, mandatory=False)
         except LOSSES as error:
             _log.warning(logs.ANSWER_FAILED, error=type(error).__name__)
 
@@ -148,3 +148,8 @@ class Outbox:
         channel = self._parking if parking else self._events
         assert channel is not None
         return channel
+
+
+async def _publish(exchange: AbstractExchange, message: Message, routing_key: str, *, mandatory: bool) -> None:
+    with named_losses():
+        await exchange.publish(message, routing_key, mandatory=mandatory, timeout=CONFIRM_TIMEOUT_S)

@@ -2,11 +2,12 @@
 
 import asyncio
 import contextlib
+import functools
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ParamSpec, Self, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.dialects.sqlite import insert
@@ -18,6 +19,24 @@ from worker.stores import tables
 
 SCHEMA_VERSION = "1"
 IN_MEMORY = "sqlite://"
+_WAL_PAUSES_S = (0.05,) * 100
+
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+def to_the_end(method: Callable[_P, Coroutine[Any, Any, _T]]) -> Callable[_P, Coroutine[Any, Any, _T]]:
+    """What is begun is done, also if its caller is cancelled.
+
+    SQLAlchemy throws away a connection that was in use then, and a store in memory with it.
+    """
+
+    @functools.wraps(method)
+    async def shielded(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        return await asyncio.shield(method(*args, **kwargs))
+
+    return shielded
 
 
 class Database:
@@ -38,6 +57,7 @@ class Database:
         engine = _engine(url)
         database = cls(engine, in_memory=url == IN_MEMORY)
         try:
+            await database._log_ahead()
             async with database.writing() as connection:
                 await connection.run_sync(tables.metadata.create_all)
                 await connection.execute(_add_fact("schema_version", SCHEMA_VERSION))
@@ -52,8 +72,23 @@ class Database:
         return database
 
     async def close(self) -> None:
-        """Close the connections."""
-        await self._engine.dispose()
+        """Close the connections, after what has been begun."""
+        async with self._turn:
+            await self._engine.dispose()
+
+    async def _log_ahead(self) -> None:
+        """Readers do not hold up writers then. Noted in the file, so that mostly there is nothing to do."""
+        for pause_s in (*_WAL_PAUSES_S, None):
+            try:
+                async with self._engine.connect() as connection:
+                    await connection.exec_driver_sql("PRAGMA journal_mode=WAL")
+            except sa.exc.OperationalError as error:
+                # For this alone SQLite does not wait its turn, and a fleet starts all at once.
+                if pause_s is None or "locked" not in str(error.orig):
+                    raise
+                await asyncio.sleep(pause_s)
+            else:
+                return
 
     async def fact(self, name: str) -> str:
         """Something written down when the database was made."""
@@ -85,7 +120,12 @@ class Database:
 
 def _engine(url: str) -> AsyncEngine:
     driver_url = url.replace("sqlite://", "sqlite+aiosqlite://", 1)
-    options: dict[str, Any] = {"connect_args": {"timeout": 30}, "isolation_level": "AUTOCOMMIT"}
+    # Parameters hold tokens, and errors are logged.
+    options: dict[str, Any] = {
+        "connect_args": {"timeout": 30},
+        "isolation_level": "AUTOCOMMIT",
+        "hide_parameters": True,
+    }
     if url == IN_MEMORY:
         return create_async_engine(driver_url, poolclass=StaticPool, **options)
     path = Path(url.removeprefix("sqlite:///"))
@@ -98,7 +138,6 @@ def _engine(url: str) -> AsyncEngine:
     @sa.event.listens_for(engine.sync_engine, "connect")
     def prepare(connection: Any, _record: object) -> None:
         cursor = connection.cursor()
-        cursor.execute("PRAGMA journal_mode=WAL")
         cursor.execute("PRAGMA synchronous=FULL")
         cursor.close()
 

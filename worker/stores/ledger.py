@@ -17,7 +17,7 @@ from schemas.events import EVENT_TYPES, Event
 from worker.core.memory import Attempt, Changes, Ended, Memory, SentPart, State, Turn, TurnState
 from worker.ops import logs
 from worker.ports import Clock, Grant
-from worker.stores.database import Database
+from worker.stores.database import Database, to_the_end
 from worker.stores.tables import commands, conversations, endings, partitions, turns
 
 _log = structlog.stdlib.get_logger(__name__)
@@ -62,6 +62,7 @@ class SqlLedger:
                 async with asyncio.timeout(LONGEST_PAUSE_S):
                     await self._flush()
 
+    @to_the_end
     async def recall(self, conversation_id: str) -> Memory:
         """See `ports.Ledger`, here and below."""
         async with self._database.reading() as connection:
@@ -73,6 +74,7 @@ class SqlLedger:
             known = {one.turn_id: Turn(TurnState(one.state), one.pieces, one.text_length, one.touched) for one in found}
         return Memory(_state(row.state), known, version=row.version)
 
+    @to_the_end
     async def known(self, conversation_id: str, message_ids: Sequence[str]) -> dict[str, Ended]:
         """One look-up for all."""
         wanted = sa.and_(commands.c.conversation_id == conversation_id, commands.c.message_id.in_(message_ids))
@@ -95,6 +97,7 @@ class SqlLedger:
         """Granted while the row is as it was; an outcome, while its attempt is the newest."""
         return self._ask(_Job(conversation_id, changes, -1, None, outcome, done=_future()))
 
+    @to_the_end
     async def raise_epoch(self, partition: int) -> int:
         """One statement."""
         first = insert(partitions).values(partition=partition, epoch=1)
@@ -104,6 +107,7 @@ class SqlLedger:
         async with self._database.writing() as connection:
             return int((await connection.execute(statement)).scalar_one())
 
+    @to_the_end
     async def prune(self, before: float) -> None:
         """A batch at a time."""
         for table in (commands, endings, turns, conversations):
@@ -139,6 +143,7 @@ class SqlLedger:
                     job.done.set_result(grant)
         self._wake.clear()
 
+    @to_the_end
     async def _write(self, batch: Sequence[_Job]) -> list[Grant]:
         async with self._database.writing() as connection:
             epochs = {row.partition: row.epoch for row in await connection.execute(sa.select(partitions))}

@@ -9,7 +9,7 @@ from sqlalchemy.dialects.sqlite import insert
 
 from worker.core.model import Session, Viewer
 from worker.ports import Held
-from worker.stores.database import Database
+from worker.stores.database import Database, to_the_end
 from worker.stores.tables import sessions
 
 
@@ -23,6 +23,7 @@ class SqlSessions:
         """See `ports.SessionStore`, here and below."""
         return await self._database.fact("store_id")
 
+    @to_the_end
     async def take(self, conversation_id: str, owner: str, until: float) -> Held | None:
         """One statement, so that two takers cannot both win."""
         row = (
@@ -35,6 +36,7 @@ class SqlSessions:
             found = (await connection.execute(row)).one_or_none()
         return None if found is None else _held(found)
 
+    @to_the_end
     async def put(self, held: Held, owner: str, until: float) -> None:
         """Insert or replace."""
         values = _values(held) | {"owner": owner, "lease_until": until}
@@ -43,6 +45,7 @@ class SqlSessions:
         async with self._database.writing() as connection:
             await connection.execute(statement)
 
+    @to_the_end
     async def renew(self, held: Mapping[str, Held], owner: str, until: float) -> set[str]:
         """All in one transaction."""
         lost: set[str] = set()
@@ -59,6 +62,7 @@ class SqlSessions:
                     lost.add(conversation_id)
         return lost
 
+    @to_the_end
     async def adopt(self, owner: str, now: float, until: float) -> list[Held]:
         """Looks before it locks: mostly there is nothing to adopt."""
         stale = sessions.c.lease_until < now
@@ -69,12 +73,14 @@ class SqlSessions:
         async with self._database.writing() as connection:
             return [_held(row) for row in await connection.execute(statement)]
 
+    @to_the_end
     async def remove(self, held: Held, owner: str) -> bool:
         """Compare and delete."""
         async with self._database.writing() as connection:
             result = await connection.execute(sa.delete(sessions).where(*_is_held(held, owner)))
         return bool(result.rowcount)
 
+    @to_the_end
     async def release(self, owner: str) -> None:
         """The leases run out at once."""
         async with self._database.writing() as connection:

@@ -1,0 +1,155 @@
+"""Avatar sessions: started, answered, attached, replaced, ended."""
+
+import json
+import time
+from typing import Any
+
+import pytest
+from aio_pika import DeliveryMode
+
+from tests.acceptance.conftest import Simulator, StartWorker
+from tests.support.bus import Bus, Document
+
+
+class Asker:
+    """Somebody who starts sessions and waits for the answers."""
+
+    def __init__(self, bus: Bus, queue: str) -> None:
+        self._bus = bus
+        self._queue = queue
+        self._asked = 0
+
+    async def start(self, conversation_id: str, **fields: object) -> Document:
+        """Start a session; returns the answer."""
+        self._asked += 1
+        correlation_id = f"request {self._asked}"
+        command = {"type": "session.start", **fields}
+        await self._bus.send(conversation_id, command, reply_to=self._queue, correlation_id=correlation_id)
+        await self._bus.until(lambda: len(self._bus.answers) == self._asked)
+        answer = self._bus.answers[-1]
+        assert answer.correlation_id == correlation_id
+        assert answer.delivery_mode == DeliveryMode.NOT_PERSISTENT
+        assert answer.expiration is not None
+        found: dict[str, Any] = json.loads(answer.body)
+        return found
+
+
+@pytest.fixture
+async def asker(bus: Bus) -> Asker:
+    return Asker(bus, await bus.answer_queue())
+
+
+async def test_a_start_is_answered_and_idempotent(
+    start_worker: StartWorker, simulator: Simulator, bus: Bus, asker: Asker
+) -> None:
+    await start_worker()
+    first = await asker.start("c")
+    assert first.keys() == {"sessionId", "token"}
+    assert await asker.start("c") == first
+    assert await asker.start("c", avatarId="test-avatar") == first
+
+    viewer = await asker.start("c", handoff="viewer")
+    assert viewer.keys() == {"sessionId", "whepUrl", "turn"}
+    assert viewer["sessionId"] == first["sessionId"]
+    assert await asker.start("c", handoff="viewer") == viewer
+
+    await bus.ended(await bus.say("c", "t", "Said before."))
+    other = await asker.start("c", avatarId="another", voiceId="v", voiceSpeed=1.5)
+    assert other["sessionId"] != first["sessionId"]
+    ended = await bus.event("session.ended", sessionId=first["sessionId"])
+    assert (ended["data"]["reason"], ended["data"]["commandIds"]) == ("replaced", [])
+    await bus.ended(await bus.say("c", "t2", "Said after."))
+
+    old, new = await simulator.sessions()
+    assert (old["spoken"], old["ended_by"]) == (["Said before."], "request")
+    assert [call["route"] for call in old["calls"]].count("init-client") == 1
+    assert (new["spoken"], new["ended_by"]) == (["Said after."], None)
+    assert (new["avatar_id"], new["voice"]) == ("another", {"id": "v", "speed": 1.5})
+    assert len(bus.of("session.ready")) == 6, "five starts that were answered at once, and one that was not"
+    secrets = [first["token"], other["token"], json.dumps(viewer["turn"])]
+    assert not [secret for secret in secrets if secret in json.dumps(bus.events)]
+
+
+async def test_a_start_that_fails_is_answered(
+    start_worker: StartWorker, simulator: Simulator, bus: Bus, asker: Asker
+) -> None:
+    worker = await start_worker(SESSION_WAIT_S="0.5")
+    await simulator.fault(kind="status", status=429, route="create", times=None, avatar="full")
+    await simulator.fault(kind="status", status=503, route="create", times=None, avatar="down")
+    await simulator.fault(kind="refuse", route="create", times=None, avatar="refused", error="No such avatar")
+    reasons = {"full": ("capacity", 429), "down": ("unavailable", 503), "refused": ("refused", 200)}
+    for avatar, (reason, status) in reasons.items():
+        answer = await asker.start(avatar, avatarId=avatar)
+        assert answer["status"] == status
+        assert answer["error"].startswith(reason)
+        await bus.event("session.failed", avatar, reason=reason, status=status)
+    await simulator.change(ks=None)
+    assert (await asker.start("denied"))["error"].startswith("credentials")
+    denied = await bus.ended(await bus.say("denied", "t", "x"))
+    assert (denied["type"], denied["data"]["reason"]) == ("avatar.speech.failed", "credentials")
+    (copy,) = await bus.parked()
+    assert (copy.header.properties.headers or {})["avatar-reason"] == "credentials"
+    assert "test-ks" not in worker.log
+    await simulator.change(ks="test-ks")
+    assert "token" in await asker.start("denied")
+
+
+async def test_an_answer_never_goes_to_one_of_our_queues(start_worker: StartWorker, bus: Bus) -> None:
+    await start_worker()
+    message_id = await bus.send("c", {"type": "session.start"}, reply_to="avatar.parked")
+    assert (await bus.ended(message_id))["type"] == "avatar.session.ready"
+    await bus.drained("avatar.commands.v1.p00")
+    assert await bus.depth("avatar.parked") == 0
+
+
+async def test_a_session_of_somebody_else_is_used_and_ended(
+    start_worker: StartWorker, simulator: Simulator, bus: Bus
+) -> None:
+    worker = await start_worker(AVATAR_ID=None)
+    session_id, token = await simulator.create()
+    attach = {"type": "session.attach", "sessionId": session_id, "token": token}
+    ready = await bus.ended(await bus.send("c", attach))
+    assert (ready["type"], ready["data"]["sessionId"]) == ("avatar.session.ready", session_id)
+    spoken = await bus.say("c", "t", "Said by an attached avatar.")
+    ended = await bus.ended(await bus.send("c", {"type": "session.end"}))
+    assert (ended["type"], ended["data"]["reason"]) == ("avatar.session.ended", "requested")
+    assert (await bus.ended(spoken))["type"] == "avatar.speech.accepted"
+    (session,) = await simulator.sessions()
+    assert (session["spoken"], session["ended_by"]) == (["Said by an attached avatar."], "request")
+    assert token not in worker.log + json.dumps(bus.events)
+
+    after = await bus.ended(await bus.say("c", "t2", "Nobody is there."))
+    assert (after["type"], after["data"]["reason"]) == ("avatar.speech.failed", "no_session")
+    again = await bus.ended(await bus.send("c", {"type": "session.end"}))
+    assert "sessionId" not in again["data"]
+
+
+async def test_a_session_that_nobody_knows_is_lost(start_worker: StartWorker, simulator: Simulator, bus: Bus) -> None:
+    await start_worker()
+    await bus.send("c", {"type": "session.attach", "sessionId": "unknown", "token": "t0ken"})
+    lost = await bus.ended(await bus.say("c", "t", "To whom?"))
+    assert (lost["type"], lost["data"]["reason"]) == ("avatar.speech.failed", "session_lost")
+    assert (await bus.event("session.ended", "c"))["data"]["reason"] == "lost"
+    (copy,) = await bus.parked()
+    assert json.loads(copy.body)["text"] == "To whom?"
+    assert (await bus.ended(await bus.say("c", "t2", "Now the default avatar.")))["type"] == "avatar.speech.accepted"
+    assert list((await simulator.spoken()).values()) == ["Now the default avatar."]
+
+
+async def test_an_idle_session_ends(start_worker: StartWorker, simulator: Simulator, bus: Bus) -> None:
+    await start_worker(SESSION_IDLE_S="1")
+    await bus.ended(await bus.say("c", "t", "Hello."))
+    ended = await bus.event("session.ended", "c")
+    assert (ended["data"]["reason"], ended["data"]["commandIds"]) == ("idle", [])
+    await bus.ended(await bus.say("c", "t2", "Hello again."))
+    sessions = await simulator.sessions()
+    assert [session["spoken"] for session in sessions] == [["Hello."], ["Hello again."]]
+    assert sessions[0]["ended_by"] == "request"
+
+
+async def test_an_end_waits_for_the_playback(start_worker: StartWorker, simulator: Simulator, bus: Bus) -> None:
+    await start_worker(SESSION_END_WAIT_S="1.5")
+    await bus.say("c", "t", "x" * 500)
+    begun = time.monotonic()
+    await bus.ended(await bus.send("c", {"type": "session.end"}))
+    assert 1.4 < time.monotonic() - begun < 5

@@ -1,0 +1,238 @@
+"""`ports.SessionStore`: what every store must do. Two handles on one file are two workers of one host."""
+
+import asyncio
+import sqlite3
+import stat
+from collections.abc import AsyncIterator
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from worker.core.model import Session, Viewer
+from worker.errors import ConfigurationError
+from worker.ports import Held, SessionStore
+from worker.stores.sql import SqlStore
+
+FULL = Session(
+    "s1", "secret-token", "ann", "v1", 1.25, attached=True, viewer=Viewer("https://whep/ü", {"credential": "c", "n": 1})
+)
+BARE = Session("s2", "t2")
+
+
+def held(conversation_id: str = "c1", session: Session = FULL, last_used: float = 100.0) -> Held:
+    return Held(conversation_id, session, last_used)
+
+
+@pytest.fixture(params=["memory", "file"])
+async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[SessionStore]:
+    one = await SqlStore.open("sqlite://" if request.param == "memory" else f"sqlite:///{tmp_path}/store.db")
+    yield one
+    await one.close()
+
+
+@pytest.fixture
+async def workers(tmp_path: Path) -> AsyncIterator[tuple[SessionStore, SessionStore]]:
+    """Two stores on one file."""
+    one, two = await asyncio.gather(*(SqlStore.open(f"sqlite:///{tmp_path}/store.db") for _ in range(2)))
+    yield one, two
+    await one.close()
+    await two.close()
+
+
+class TestEveryStore:
+    @pytest.mark.parametrize("session", [FULL, BARE], ids=["full", "bare"])
+    async def test_what_is_put_is_taken_as_it_was(self, store: SessionStore, session: Session) -> None:
+        await store.put(held(session=session), "w1", 200.0)
+        assert await store.take("c1", "w1", 200.0) == held(session=session)
+
+    async def test_there_is_nothing_to_take(self, store: SessionStore) -> None:
+        await store.put(held(), "w1", 200.0)
+        assert await store.take("c2", "w1", 200.0) is None
+
+    async def test_a_conversation_has_one_session(self, store: SessionStore) -> None:
+        await store.put(held(), "w1", 200.0)
+        await store.put(held(session=BARE, last_used=150.0), "w1", 200.0)
+        assert await store.take("c1", "w1", 200.0) == held(session=BARE, last_used=150.0)
+
+    async def test_whoever_takes_holds(self, store: SessionStore) -> None:
+        await store.put(held(), "w1", 200.0)
+        assert await store.take("c1", "w2", 300.0) == held()
+        assert await store.renew({"c1": held()}, "w1", 400.0) == {"c1"}
+        assert await store.adopt("w3", 299.0, 500.0) == []
+        assert await store.adopt("w3", 301.0, 500.0) == [held()]
+
+    async def test_renewing_extends_the_lease_and_notes_the_last_use(self, store: SessionStore) -> None:
+        await store.put(held("c1"), "w1", 200.0)
+        await store.put(held("c2", BARE), "w1", 200.0)
+        used = {"c1": held("c1", last_used=180.0), "c2": held("c2", BARE)}
+        assert await store.renew(used, "w1", 400.0) == set()
+        assert await store.adopt("w2", 399.0, 500.0) == []
+        assert {one.conversation_id: one.last_used for one in await store.adopt("w2", 401.0, 500.0)} == {
+            "c1": 180.0,
+            "c2": 100.0,
+        }
+
+    async def test_a_last_use_never_goes_back(self, store: SessionStore) -> None:
+        await store.put(held(last_used=180.0), "w1", 200.0)
+        await store.renew({"c1": held(last_used=100.0)}, "w1", 200.0)
+        assert await store.take("c1", "w1", 200.0) == held(last_used=180.0)
+
+    async def test_renewing_nothing(self, store: SessionStore) -> None:
+        assert await store.renew({}, "w1", 200.0) == set()
+
+    async def test_renewing_what_ended_or_was_replaced_tells_so(self, store: SessionStore) -> None:
+        await store.put(held("replaced", BARE), "w1", 200.0)
+        mine = {"replaced": held("replaced"), "ended": held("ended")}
+        assert await store.renew(mine, "w1", 300.0) == {"replaced", "ended"}
+        assert await store.take("ended", "w1", 200.0) is None
+
+    async def test_only_leases_that_have_run_out_are_adopted_and_once(self, store: SessionStore) -> None:
+        await store.put(held("c1"), "w1", 200.0)
+        await store.put(held("c2"), "w1", 300.0)
+        assert await store.adopt("w2", 200.0, 400.0) == []
+        assert await store.adopt("w2", 250.0, 400.0) == [held("c1")]
+        assert await store.adopt("w3", 250.0, 400.0) == []
+
+    async def test_removing_compares_owner_and_session(self, store: SessionStore) -> None:
+        await store.put(held(), "w1", 200.0)
+        assert not await store.remove(held(), "w2")
+        assert not await store.remove(held(session=BARE), "w1")
+        assert await store.take("c1", "w1", 200.0) == held()
+        assert await store.remove(held(last_used=1.0), "w1")
+        assert await store.take("c1", "w1", 200.0) is None
+        assert not await store.remove(held(), "w1")
+
+    async def test_what_is_released_may_be_adopted_at_once_and_only_that(self, store: SessionStore) -> None:
+        await store.put(held("c1"), "w1", 200.0)
+        await store.put(held("c2"), "w2", 200.0)
+        await store.release("w1")
+        assert await store.adopt("w3", 100.0, 300.0) == [held("c1")]
+
+    async def test_ids_are_text_whatever_they_look_like(self, store: SessionStore) -> None:
+        for name in ("007", "7", "1e3", "a'b;--", "c" * 128):
+            await store.put(held(name, replace(BARE, session_id=name)), "w1", 200.0)
+        for name in ("007", "7", "1e3", "a'b;--", "c" * 128):
+            found = await store.take(name, "w1", 200.0)
+            assert found is not None
+            assert found.session.session_id == name
+
+    async def test_many_at_once(self, store: SessionStore) -> None:
+        async def life(n: int) -> bool:
+            mine = held(f"c{n}", replace(BARE, session_id=f"s{n}"))
+            await store.put(mine, "w1", 200.0)
+            await store.adopt("w2", 100.0, 300.0)
+            await store.renew({f"c{n}": mine}, "w1", 250.0)
+            return await store.take(f"c{n}", "w1", 200.0) == mine and await store.remove(mine, "w1")
+
+        assert all(await asyncio.gather(*(life(n) for n in range(40))))
+        assert await store.adopt("w3", 1000.0, 2000.0) == []
+
+    async def test_a_caller_that_is_cancelled_leaves_it_usable(self, store: SessionStore) -> None:
+        tasks = [asyncio.create_task(store.put(held(f"c{n}"), "w1", 200.0)) for n in range(20)]
+        for rounds, task in enumerate(tasks):
+            for _ in range(rounds):
+                await asyncio.sleep(0)
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await store.put(held("after"), "w1", 200.0)
+        assert await store.take("after", "w1", 200.0) == held("after")
+
+    async def test_it_keeps_its_identity(self, store: SessionStore) -> None:
+        assert await store.identity() == await store.identity() != ""
+
+
+class TestSharedFile:
+    async def test_what_one_worker_puts_another_takes(self, workers: tuple[SessionStore, SessionStore]) -> None:
+        one, two = workers
+        await one.put(held(), "w1", 200.0)
+        assert await two.take("c1", "w2", 300.0) == held()
+        assert await one.renew({"c1": held()}, "w1", 300.0) == {"c1"}
+
+    async def test_two_adopt_each_session_once(self, workers: tuple[SessionStore, SessionStore]) -> None:
+        for n in range(30):
+            await workers[0].put(held(f"c{n}"), "dead", 100.0)
+        adopted = await asyncio.gather(*(store.adopt(f"w{n}", 200.0, 300.0) for n, store in enumerate(workers * 3)))
+        assert sorted(one.conversation_id for some in adopted for one in some) == sorted(f"c{n}" for n in range(30))
+
+    async def test_both_write_at_the_same_time(self, workers: tuple[SessionStore, SessionStore]) -> None:
+        await asyncio.gather(
+            *(store.put(held(f"c{n}-{i}"), f"w{i}", 100.0) for i, store in enumerate(workers) for n in range(50))
+        )
+        assert len(await workers[0].adopt("w3", 200.0, 300.0)) == 100
+
+    async def test_a_fleet_may_start_all_at_once(self, tmp_path: Path) -> None:
+        for round_ in range(3):
+            url = f"sqlite:///{tmp_path}/{round_}.db"
+            stores = await asyncio.gather(*(SqlStore.open(url) for _ in range(16)))
+            assert len({await store.identity() for store in stores}) == 1
+            for store in stores:
+                await store.close()
+
+    async def test_they_share_an_identity(self, workers: tuple[SessionStore, SessionStore]) -> None:
+        one, two = workers
+        assert await one.identity() == await two.identity()
+
+    async def test_another_file_has_another(self, workers: tuple[SessionStore, SessionStore], tmp_path: Path) -> None:
+        other = await SqlStore.open(f"sqlite:///{tmp_path}/other.db")
+        assert await other.identity() != await workers[0].identity()
+        await other.close()
+
+
+class TestFile:
+    async def test_it_outlives_the_worker(self, tmp_path: Path) -> None:
+        url = f"sqlite:///{tmp_path}/store.db"
+        before = await SqlStore.open(url)
+        await before.put(held(), "w1", 200.0)
+        identity = await before.identity()
+        await before.close()
+        after = await SqlStore.open(url)
+        assert await after.take("c1", "w2", 300.0) == held()
+        assert await after.identity() == identity
+        await after.close()
+
+    async def test_only_its_owner_may_read_it(self, tmp_path: Path) -> None:
+        one = await SqlStore.open(f"sqlite:///{tmp_path}/store.db")
+        await one.put(held(), "w1", 200.0)
+        modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
+        await one.close()
+        assert "store.db" in modes
+        assert set(modes.values()) == {0o600}, modes
+
+    @pytest.mark.parametrize("name", ["no/such/folder/store.db", ""])
+    async def test_a_place_that_cannot_be_used(self, tmp_path: Path, name: str) -> None:
+        with pytest.raises(ConfigurationError, match="STORE_URL"):
+            await SqlStore.open(f"sqlite:///{tmp_path}/{name}")
+
+    async def test_a_file_that_is_something_else(self, tmp_path: Path) -> None:
+        (tmp_path / "store.db").write_text("a letter to a friend " * 100)
+        with pytest.raises(ConfigurationError, match="STORE_URL"):
+            await SqlStore.open(f"sqlite:///{tmp_path}/store.db")
+
+    async def test_a_file_of_a_newer_version(self, tmp_path: Path) -> None:
+        url = f"sqlite:///{tmp_path}/store.db"
+        await (await SqlStore.open(url)).close()
+        with closing(sqlite3.connect(tmp_path / "store.db")) as connection:
+            connection.execute("UPDATE facts SET value = '99' WHERE name = 'schema_version'")
+            connection.commit()
+        with pytest.raises(ConfigurationError, match="schema 99"):
+            await SqlStore.open(url)
+
+    async def test_an_error_tells_no_secret(self, tmp_path: Path) -> None:
+        one = await SqlStore.open(f"sqlite:///{tmp_path}/store.db")
+        with closing(sqlite3.connect(tmp_path / "store.db")) as connection:
+            connection.execute("DROP TABLE sessions")
+        with pytest.raises(Exception, match="no such table") as raised:
+            await one.put(held(), "w1", 200.0)
+        assert "secret-token" not in f"{raised.value} {raised.value!r}"
+        await one.close()
+
+
+async def test_memory_is_not_shared_but_called_the_same() -> None:
+    one, two = await SqlStore.open("sqlite://"), await SqlStore.open("sqlite://")
+    await one.put(held(), "w1", 200.0)
+    assert await two.take("c1", "w1", 200.0) is None
+    assert await one.identity() == await two.identity() == "memory"
+    await one.close()
+    await two.close()
