@@ -4,10 +4,10 @@ import json
 import os
 import socket
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
-from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from schemas.routes import MAX_PARTITIONS
@@ -69,8 +69,8 @@ class Settings(TopologySettings):
     )
 
     avatar_base_url: str = "https://api.avatar.us.kaltura.ai/v1/avatar-session"
-    avatar_ks: SecretStr | None = None
     avatar_ks_file: Path | None = None
+    avatar_ks: Annotated[SecretStr | None, Field(validate_default=True)] = None
     avatar_id: str | None = None
     voice_id: str | None = None
     avatar_create_path: str = "/create"
@@ -123,17 +123,13 @@ class Settings(TopologySettings):
 
     @field_validator("avatar_ks")
     @classmethod
-    def _fits_a_header(cls, value: SecretStr | None) -> SecretStr | None:
+    def _fits_a_header(cls, value: SecretStr | None, info: ValidationInfo) -> SecretStr | None:
+        if value is None and info.data.get("avatar_ks_file") is None:
+            raise ValueError("missing; set it to a Kaltura Session, or AVATAR_KS_FILE to a file with one")
         ks = value.get_secret_value().strip() if value else None
         if ks is not None and not (ks and ks.isascii() and ks.isprintable() and " " not in ks):
             raise ValueError("must be printable ASCII without blanks")
         return value
-
-    @model_validator(mode="after")
-    def _has_credentials(self) -> Self:
-        if self.avatar_ks is None and self.avatar_ks_file is None:
-            raise ValueError("AVATAR_KS: missing; set it to a Kaltura Session, or AVATAR_KS_FILE to a file with one")
-        return self
 
     @property
     def rules(self) -> Rules:
