@@ -19,18 +19,24 @@ from worker.flow.clock import SteadyClock
 from worker.flow.desk import Desk
 from worker.flow.lanes import Lanes
 from worker.flow.settler import Settler
-from worker.stores.sql import SqlStore
+from worker.stores.database import Database
+from worker.stores.ledger import SqlLedger
+from worker.stores.sessions import SqlSessions
 
 Session_ = Callable[[AbstractConnection], Awaitable[None]]
 STORE = "the store"
 OK = CallResult(CallKind.OK, 200)
+REFUSED = CallResult(CallKind.REFUSED, 400, error="not that")
 
 
 @dataclass
 class Avatar:
-    """`ports.AvatarApi` that takes everything and remembers it; while `closed`, a say does not come back."""
+    """`ports.AvatarApi` that takes all but text with what it `refuses`, and remembers it; while `gate` is closed, a say does not
+    come back.
+    """
 
     said: list[Piece] = field(default_factory=list)
+    refuses: set[str] = field(default_factory=set)
     gate: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
@@ -42,7 +48,7 @@ class Avatar:
     async def say(self, _: Session, piece: Piece) -> CallResult:
         self.said.append(piece)
         await self.gate.wait()
-        return OK
+        return REFUSED if any(text in piece.text for text in self.refuses) else OK
 
     async def interrupt(self, _: Session) -> CallResult:
         return OK
@@ -130,17 +136,22 @@ def start(amqp_url: str) -> Start:
         name: str = "w1",
         partitions: int = 1,
         event_retry_s: float = 30.0,
+        store_url: str = "sqlite://",
     ) -> AsyncIterator[Station]:
         clock, avatar = SteadyClock(), Avatar()
-        store = await SqlStore.open("sqlite://")
+        database = await Database.open(store_url)
+        store, ledger = SqlSessions(database), SqlLedger(database, clock)
         outbox = Outbox(source="test", worker=name, event_retry_s=event_retry_s, clock=clock)
         settler = Settler(outbox)
-        lanes = Lanes(Rules(default_avatar="a"), Desk(avatar, store, name, clock), settler, clock, keep_s=3600)
-        inbox = Inbox(lanes, wanted=Record(partitions, STORE), worker=name, prefetch=200, clock=clock)
+        desk = Desk(avatar, store, name, clock)
+        lanes = Lanes(Rules(default_avatar="a"), desk=desk, ledger=ledger, settler=settler, clock=clock)
+        wanted = Record(partitions, STORE)
+        inbox = Inbox(lanes, ledger.raise_epoch, wanted=wanted, worker=name, prefetch=200, clock=clock)
         consuming, publishing = Life(inbox.session), Life(outbox.session)
+        links = ((url, consuming), (publish_url or url, publishing))
         tasks = tuple(
-            asyncio.create_task(Link(where, name=name, heartbeat_s=10).run(life))
-            for where, life in ((url, consuming), (publish_url or url, publishing))
+            asyncio.create_task(work)
+            for work in (*(Link(where, name=name, heartbeat_s=10).run(life) for where, life in links), ledger.run())
         )
         station = Station(inbox, outbox, avatar, lanes, settler, consuming, publishing, tasks)
         try:
@@ -148,7 +159,7 @@ def start(amqp_url: str) -> Start:
             yield station
         finally:
             await station.gone()
-            await store.close()
+            await database.close()
 
     return start
 
