@@ -71,7 +71,10 @@ class SqlLedger:
             if row is None:
                 return Memory()
             found = await connection.execute(sa.select(turns).where(turns.c.conversation_id == conversation_id))
-            known = {one.turn_id: Turn(TurnState(one.state), one.pieces, one.text_length, one.touched) for one in found}
+            known = {
+                one.turn_id: Turn(TurnState(one.state), one.pieces, one.text_length, one.touched, one.replay)
+                for one in found
+            }
         return Memory(_state(row.state), known, version=row.version)
 
     @to_the_end
@@ -85,7 +88,7 @@ class SqlLedger:
         )
         async with self._database.reading() as connection:
             found = await connection.execute(query)
-            return {row.message_id: _ended(row) for row in found}
+            return {row.message_id: ended_of(row) for row in found}
 
     def intend(
         self, conversation_id: str, changes: Changes | None, partition: int, epoch: int
@@ -232,7 +235,8 @@ def _row(event: Event) -> list[Any]:
     return [event.type, event.conversation_id, event.key, event.traceparent, data]
 
 
-def _ended(row: Any) -> Ended:
+def ended_of(row: Any) -> Ended:
+    """How a command ended, from its row joined with its event's."""
     before, (event,), after = (tuple(map(_event, rows)) for rows in json.loads(row.event))
     return Ended(row.fingerprint, event, row.touched, before, after)
 
