@@ -5,9 +5,10 @@ import json
 import os
 import sys
 from asyncio.subprocess import PIPE
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,7 +31,7 @@ class Ran:
         return [json.loads(line) for line in self.out.splitlines()]
 
 
-Command = Callable[..., Awaitable[Ran]]
+Command = Callable[..., Coroutine[Any, Any, Ran]]
 
 
 @pytest.fixture
@@ -53,6 +54,11 @@ def command(amqp_url: str, store_url: str, tmp_path: Path) -> Command:
         return Ran(process.returncode, out.decode(), err.decode())
 
     return run
+
+
+async def lived(bus: Bus, ids: Iterable[str], lives: int) -> None:
+    """Return once each of these commands has ended so often."""
+    await bus.until(lambda: all(len(bus.terminal()[id_]) == lives for id_ in ids))
 
 
 async def failed_turn(bus: Bus, station: Station, conversation_id: str, turn_id: str = "t") -> list[str]:
@@ -85,7 +91,7 @@ async def test_replay_shows_first_and_then_speaks_the_whole_turn(
 
         done = await command("parked", "replay", "--conversation", "c", "--yes", "--json")
         assert (done.code, [row["message_id"] for row in done.rows]) == (0, ids)
-        await bus.until(lambda: all(len(bus.terminal()[id_]) == 2 for id_ in ids))
+        await lived(bus, ids, 2)
         assert "".join(piece.text for piece in station.avatar.said) == "bad c. two three."
         again = [bus.terminal()[id_] - first[id_] for id_ in ids]
         told = [event for event in bus.events if {event["id"]} in again]
@@ -102,7 +108,7 @@ async def test_a_life_ends_once_and_the_next_is_another(
         ids = await failed_turn(bus, station, "c")
         for replays in (1, 2):
             await command("parked", "replay", "--yes")
-            await bus.until(lambda replays=replays: all(len(bus.terminal()[id_]) == 1 + replays for id_ in ids))
+            await lived(bus, ids, 1 + replays)
             await station.settled()
             rows = (await command("parked", "list", "--json")).rows
             assert [(row["message_id"], row["replays"]) for row in rows] == [(id_, replays) for id_ in ids]
@@ -144,7 +150,7 @@ async def test_a_replayed_command_is_published_as_it_was_but_new(station: Statio
     assert isinstance(published, int)
     assert published > 1_700_000_000_000
     assert copy.timestamp is not None
-    await bus.until(lambda: len(bus.terminal()["m"]) == 2)
+    await lived(bus, ["m"], 2)
     assert {event["type"] for event in bus.events} == {"avatar.command.rejected"}
 
 
@@ -222,7 +228,7 @@ async def test_a_conversation_is_explained(start: Start, bus: Bus, command: Comm
         assert states == {"t": "failed", "u": "closed", "v": "open"}
         assert (told["attempt"]["turn_id"], told["attempt"]["text_length"]) == ("v", len("hanging."))
         assert told["ended"] == 4
-        assert [end["event"] for end in told["last_ends"]][0] == "avatar.speech.accepted"
+        assert told["last_ends"][0]["event"] == "avatar.speech.accepted"
         assert [row["message_id"] for row in told["parked"]] == ids
 
         shown = await command("explain", "c")

@@ -229,17 +229,22 @@ class Inbox:
         await channel.basic_consume(queue, receive, arguments={"x-priority": score(self._worker, partition)})
 
     def _receive(self, delivery: AmqpDelivery) -> None:
-        try:
-            received = read(delivery)
-        except Exception:  # noqa: BLE001 - a message nobody thought of must not stay unanswered
-            _log.exception(logs.DELIVERY_UNREADABLE)
-            error = FieldError("$", "the message's properties cannot be read")
-            malformed = Malformed(RejectReason.INVALID_FIELD, (error,), None)
-            received = Misfit(malformed, uuid.uuid4().hex, delivery, "")
+        received = understand(delivery)
         if isinstance(received, Entry):
             self._receiver.offer(received)
         else:
             self._receiver.reject(received)
+
+
+def understand(delivery: AmqpDelivery) -> Entry | Misfit:
+    """What a delivery is. Never raises: a message nobody thought of must not stay unanswered."""
+    try:
+        return read(delivery)
+    except Exception:  # noqa: BLE001 - see above
+        _log.exception(logs.DELIVERY_UNREADABLE)
+        error = FieldError("$", "the message's properties cannot be read")
+        malformed = Malformed(RejectReason.INVALID_FIELD, (error,), None)
+        return Misfit(malformed, uuid.uuid4().hex, delivery, "")
 
 
 def read(delivery: AmqpDelivery) -> Entry | Misfit:

@@ -18,6 +18,7 @@ from aio_pika import DeliveryMode, Message
 from aio_pika.abc import HeadersType
 from pamqp import encode
 
+from schemas import routes
 from worker.amqp.inbox import AmqpDelivery
 from worker.amqp.lenient import readable
 from worker.core.verdict import Parked
@@ -35,14 +36,18 @@ def parked_copy(delivery: AmqpDelivery, parked: Parked, now: float) -> Message:
     """The message as it is kept: as it came, but for tokens, which are taken out."""
     original, delivered = delivery.message, delivery.delivered
     properties = original.header.properties
+    found = properties.headers or {}
+    exchange = delivered.exchange or ""
+    if exchange == routes.DEAD:
+        exchange = str(found.get("x-first-death-exchange", exchange))
     headers: HeadersType = {
-        **_kept(properties.headers or {}),
+        **_kept(found),
         "avatar-reason": parked.reason,
         "avatar-error": redacted(parked.error),
         "avatar-attempts": parked.attempts,
         "avatar-first-at-ms": round(delivery.received * 1000),
         "avatar-parked-at-ms": round(now * 1000),
-        "avatar-exchange": _fit(delivered.exchange or ""),
+        "avatar-exchange": _fit(exchange),
         "avatar-routing-key": _fit(delivered.routing_key or ""),
     }
     if parked.ended:

@@ -8,8 +8,8 @@ import sqlalchemy as sa
 from worker.core.memory import Ended, Memory
 from worker.errors import ConfigurationError
 from worker.stores.database import IN_MEMORY, Database
-from worker.stores.ledger import SqlLedger, ended_of
-from worker.stores.tables import commands, conversations, endings, partitions, sessions
+from worker.stores.ledger import ENDED, SqlLedger, ended_of
+from worker.stores.tables import commands, conversations, partitions, sessions
 
 LAST_ENDS = 10
 
@@ -60,13 +60,7 @@ async def collect(database: Database, conversation_id: str) -> Dossier:
     """Look it all up."""
     memory = await SqlLedger(database, lambda: 0.0).recall(conversation_id)
     mine = commands.c.conversation_id == conversation_id
-    latest = (
-        sa.select(commands.c.message_id, commands.c.fingerprint, commands.c.touched, endings.c.event)
-        .join(endings, endings.c.ending_id == commands.c.ending_id)
-        .where(mine)
-        .order_by(commands.c.touched.desc())
-        .limit(LAST_ENDS)
-    )
+    latest = ENDED.where(mine).order_by(commands.c.touched.desc()).limit(LAST_ENDS)
     async with database.reading() as connection:
         row = sa.select(conversations.c.touched).where(conversations.c.conversation_id == conversation_id)
         touched = (await connection.execute(row)).scalar_one_or_none()
