@@ -11,6 +11,7 @@ from typing import Any, Self
 
 import structlog
 
+from worker.amqp.dead import DeadQueue
 from worker.amqp.inbox import Inbox
 from worker.amqp.link import Link, where
 from worker.amqp.outbox import Outbox
@@ -18,6 +19,7 @@ from worker.amqp.topology import Record
 from worker.avatar.client import Api, AvatarClient, KsSource
 from worker.avatar.credentials import FixedKs, KsFile
 from worker.flow.clock import SteadyClock
+from worker.flow.dead_letters import DeadLetters
 from worker.flow.desk import Desk
 from worker.flow.keeper import Keeper
 from worker.flow.lanes import Lanes
@@ -67,6 +69,7 @@ async def run(settings: Settings) -> None:
         )
         wanted = Record(settings.partitions, await store.identity())
         inbox = Inbox(lanes, ledger.raise_epoch, wanted=wanted, worker=name, prefetch=settings.prefetch, clock=clock)
+        dead = DeadQueue(DeadLetters(ledger=ledger, settler=settler, clock=clock).take, clock)
         checks = {"consuming": inbox.ready.is_set, "publishing": outbox.ready.is_set}
         health = await stack.enter_async_context(Health(settings.ops_host, settings.ops_port, checks))
         url = settings.amqp_url.get_secret_value()
@@ -75,6 +78,7 @@ async def run(settings: Settings) -> None:
             _Background(
                 Link(url, name=f"{name} publish", heartbeat_s=settings.heartbeat_s).run(outbox.session),
                 Link(url, name=f"{name} consume", heartbeat_s=settings.heartbeat_s).run(inbox.session),
+                Link(url, name=f"{name} dead letters", heartbeat_s=settings.heartbeat_s).run(dead.session),
                 keeper.run(),
                 ledger.run(),
                 _prune(ledger, clock, settings.ledger_keep_s),
@@ -82,6 +86,7 @@ async def run(settings: Settings) -> None:
         )
         await tasks.until(signals.get())
         health.stopping = True
+        dead.stop()
         await _stop(lanes, inbox, signals, settings.drain_timeout_s)
     _log.info(logs.WORKER_STOPPED, worker=name)
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from worker.errors import ConfigurationError
 
 if TYPE_CHECKING:
+    from worker.amqp.shelf import Wanted
     from worker.settings import BrokerSettings
 
 _S = TypeVar("_S", bound="BrokerSettings")
@@ -52,13 +53,32 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("simulator", help="the Avatar API on this machine, with scriptable faults")
     topology = commands.add_parser("topology", help="declare and check what the worker needs on the broker")
     topology.set_defaults(command=_topology)
-    parked = commands.add_parser("parked", help="commands that were given up")
-    actions = parked.add_subparsers(required=True, metavar="ACTION")
+    _add_parked(commands.add_parser("parked", help="commands that were given up"))
+    explain = commands.add_parser(
+        "explain", help="what is known of a conversation: session, turns, ends, what is parked"
+    )
+    explain.add_argument("conversation", metavar="CONVERSATION", help="its id")
+    explain.add_argument("--json", action="store_true", help="as one JSON object")
+    explain.set_defaults(command=_explain)
+    return parser
+
+
+def _add_parked(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(required=True, metavar="ACTION")
     listing = actions.add_parser("list", help="show the oldest, with the reason")
     listing.add_argument("--limit", type=int, default=100, help="how many at most (default 100)")
-    listing.add_argument("--json", action="store_true", help="one JSON object a line")
     listing.set_defaults(command=_parked_list)
-    return parser
+    replay = actions.add_parser("replay", help="send them again, whole turns in order; without --yes only show which")
+    replay.set_defaults(command=_parked_replay)
+    drop = actions.add_parser("drop", help="throw them away; without --yes only show which")
+    drop.set_defaults(command=_parked_drop)
+    for action in (replay, drop):
+        action.add_argument("--yes", action="store_true", help="do it")
+    for action in (listing, replay, drop):
+        action.add_argument("--reason", help="only those given up for this reason, e.g. refused, not_json")
+        action.add_argument("--conversation", help="only those of this conversation")
+        action.add_argument("--age", type=float, metavar="SECONDS", help="only those parked longer ago than this")
+        action.add_argument("--json", action="store_true", help="one JSON object a line")
 
 
 def _run(_options: argparse.Namespace) -> int:
@@ -77,10 +97,40 @@ def _topology(_options: argparse.Namespace) -> int:
 
 
 def _parked_list(options: argparse.Namespace) -> int:
-    from worker import operate  # noqa: PLC0415
+    from worker import parking  # noqa: PLC0415
     from worker.settings import BrokerSettings  # noqa: PLC0415
 
-    return int(_await(operate.list_parked(_load(BrokerSettings), limit=options.limit, as_json=options.json)))
+    settings, wanted = _load(BrokerSettings), _wanted(options)
+    return int(_await(parking.list_parked(settings, wanted, limit=options.limit, as_json=options.json)))
+
+
+def _parked_replay(options: argparse.Namespace) -> int:
+    from worker import parking  # noqa: PLC0415
+    from worker.settings import BrokerSettings  # noqa: PLC0415
+
+    settings, wanted = _load(BrokerSettings), _wanted(options)
+    return int(_await(parking.replay_parked(settings, wanted, yes=options.yes, as_json=options.json)))
+
+
+def _parked_drop(options: argparse.Namespace) -> int:
+    from worker import parking  # noqa: PLC0415
+    from worker.settings import BrokerSettings  # noqa: PLC0415
+
+    settings, wanted = _load(BrokerSettings), _wanted(options)
+    return int(_await(parking.drop_parked(settings, wanted, yes=options.yes, as_json=options.json)))
+
+
+def _wanted(options: argparse.Namespace) -> "Wanted":
+    from worker.amqp.shelf import Wanted  # noqa: PLC0415
+
+    return Wanted(options.reason, options.conversation, options.age)
+
+
+def _explain(options: argparse.Namespace) -> int:
+    from worker import explain  # noqa: PLC0415
+    from worker.settings import TopologySettings  # noqa: PLC0415
+
+    return int(_await(explain.explain(_load(TopologySettings), options.conversation, as_json=options.json)))
 
 
 def _load(kind: "type[_S]") -> "_S":

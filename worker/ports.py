@@ -152,6 +152,9 @@ class Ledger(Protocol):
         again or decided without it; anything else only if nobody else has written meanwhile.
         """
 
+    async def end(self, conversation_id: str, known_as: str, ended: Ended) -> Ended:
+        """A command has ended beside its lane: note it, unless it has ended before; returns what stands."""
+
     async def raise_epoch(self, partition: int) -> int:
         """Begin a new ownership of the partition; all before it may intend nothing any more."""
 

@@ -4,11 +4,13 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 from aio_pika.abc import AbstractConnection
 
 from tests.support.bus import Bus, connected, eventually
+from worker.amqp.dead import DeadQueue
 from worker.amqp.inbox import Inbox
 from worker.amqp.link import Link
 from worker.amqp.outbox import Outbox
@@ -16,6 +18,7 @@ from worker.amqp.topology import Record
 from worker.core.model import CallKind, CallResult, Piece, Session, Viewer
 from worker.core.work import Open, Rules
 from worker.flow.clock import SteadyClock
+from worker.flow.dead_letters import DeadLetters
 from worker.flow.desk import Desk
 from worker.flow.lanes import Lanes
 from worker.flow.settler import Settler
@@ -26,13 +29,15 @@ from worker.stores.sessions import SqlSessions
 Session_ = Callable[[AbstractConnection], Awaitable[None]]
 STORE = "the store"
 OK = CallResult(CallKind.OK, 200)
+REFUSED = CallResult(CallKind.REFUSED, 400, error="not that")
 
 
 @dataclass
 class Avatar:
-    """`ports.AvatarApi` that takes everything and remembers it; while `closed`, a say does not come back."""
+    """`ports.AvatarApi` that remembers what it takes: all but text it `refuses`. While `gate` is shut, a say hangs."""
 
     said: list[Piece] = field(default_factory=list)
+    refuses: set[str] = field(default_factory=set)
     gate: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
@@ -44,7 +49,7 @@ class Avatar:
     async def say(self, _: Session, piece: Piece) -> CallResult:
         self.said.append(piece)
         await self.gate.wait()
-        return OK
+        return REFUSED if any(text in piece.text for text in self.refuses) else OK
 
     async def interrupt(self, _: Session) -> CallResult:
         return OK
@@ -86,7 +91,7 @@ class Station:
 
     async def ready(self) -> None:
         """Return when it consumes and publishes."""
-        ready = asyncio.gather(self.inbox.ready.wait(), self.outbox.ready.wait())
+        ready: asyncio.Future[Any] = asyncio.gather(self.inbox.ready.wait(), self.outbox.ready.wait())
         done, _ = await asyncio.wait({ready, *self.tasks}, timeout=30, return_when=asyncio.FIRST_COMPLETED)
         if ready not in done:
             ready.cancel()
@@ -132,19 +137,27 @@ def start(amqp_url: str) -> Start:
         name: str = "w1",
         partitions: int = 1,
         event_retry_s: float = 30.0,
+        store_url: str = "sqlite://",
+        dead: bool = False,
     ) -> AsyncIterator[Station]:
         clock, avatar = SteadyClock(), Avatar()
-        database = await Database.open("sqlite://")
-        desk, ledger = Desk(avatar, SqlSessions(database), name, clock), SqlLedger(database, clock)
+        database = await Database.open(store_url)
+        store, ledger = SqlSessions(database), SqlLedger(database, clock)
         outbox = Outbox(source="test", worker=name, event_retry_s=event_retry_s, clock=clock)
         settler = Settler(outbox)
+        desk = Desk(avatar, store, name, clock)
         lanes = Lanes(Rules(default_avatar="a"), desk=desk, ledger=ledger, settler=settler, clock=clock)
         wanted = Record(partitions, STORE)
         inbox = Inbox(lanes, ledger.raise_epoch, wanted=wanted, worker=name, prefetch=200, clock=clock)
         consuming, publishing = Life(inbox.session), Life(outbox.session)
-        links = ((url, consuming), (publish_url or url, publishing))
-        work = [Link(where, name=name, heartbeat_s=10).run(life) for where, life in links]
-        tasks = tuple(asyncio.create_task(one) for one in (*work, ledger.run()))
+        links: list[tuple[str, Session_]] = [(url, consuming), (publish_url or url, publishing)]
+        if dead:
+            letters = DeadLetters(ledger=ledger, settler=settler, clock=clock)
+            links.append((url, DeadQueue(letters.take, clock).session))
+        tasks = tuple(
+            asyncio.create_task(work)
+            for work in (*(Link(where, name=name, heartbeat_s=10).run(life) for where, life in links), ledger.run())
+        )
         station = Station(inbox, outbox, avatar, lanes, settler, consuming, publishing, tasks)
         try:
             await station.ready()

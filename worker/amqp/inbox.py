@@ -37,6 +37,12 @@ _EARLIEST_S = 1_577_836_800.0
 """2020: an older time stamp is a mistake of units, and would let everything expire unspoken."""
 _FUTURE_S = 86_400.0
 _REPLY_EXPIRES_MS = 30_000
+_RUN_CHARS = 64
+
+REPLAY = "avatar-replay"
+"""Header: how often the command was sent again on purpose (`parked replay`), from 1. Each time is a life of its own."""
+REPLAY_RUN = "avatar-replay-run"
+"""Header: the same for all that was sent again together."""
 
 
 RaiseEpoch = Callable[[int], Awaitable[int]]
@@ -223,17 +229,22 @@ class Inbox:
         await channel.basic_consume(queue, receive, arguments={"x-priority": score(self._worker, partition)})
 
     def _receive(self, delivery: AmqpDelivery) -> None:
-        try:
-            received = read(delivery)
-        except Exception:  # noqa: BLE001 - a message nobody thought of must not stay unanswered
-            _log.exception(logs.DELIVERY_UNREADABLE)
-            error = FieldError("$", "the message's properties cannot be read")
-            malformed = Malformed(RejectReason.INVALID_FIELD, (error,), None)
-            received = Misfit(malformed, uuid.uuid4().hex, delivery, "")
+        received = understand(delivery)
         if isinstance(received, Entry):
             self._receiver.offer(received)
         else:
             self._receiver.reject(received)
+
+
+def understand(delivery: AmqpDelivery) -> Entry | Misfit:
+    """What a delivery is. Never raises: a message nobody thought of must not stay unanswered."""
+    try:
+        return read(delivery)
+    except Exception:  # noqa: BLE001 - see above
+        _log.exception(logs.DELIVERY_UNREADABLE)
+        error = FieldError("$", "the message's properties cannot be read")
+        malformed = Malformed(RejectReason.INVALID_FIELD, (error,), None)
+        return Misfit(malformed, uuid.uuid4().hex, delivery, "")
 
 
 def read(delivery: AmqpDelivery) -> Entry | Misfit:
@@ -244,7 +255,8 @@ def read(delivery: AmqpDelivery) -> Entry | Misfit:
     routing_key = delivery.delivered.routing_key or ""
     command = parse(bytes(message.body), routing_key)
     message_id = readable(properties.message_id) if properties.message_id else None
-    key = message_id or uuid.uuid4().hex
+    life = _life(headers.get(REPLAY))
+    key = (f"{message_id}\nreplay {life}" if life else message_id) if message_id else uuid.uuid4().hex
     traceparent = headers.get("traceparent")
     if not isinstance(traceparent, str) or not _TRACEPARENT.fullmatch(traceparent):
         traceparent = None
@@ -261,7 +273,13 @@ def read(delivery: AmqpDelivery) -> Entry | Misfit:
         redelivered=bool(delivery.delivered.redelivered),
         traceparent=traceparent,
         reply_to=reply_to,
+        replay=readable(str(headers.get(REPLAY_RUN, life)))[:_RUN_CHARS] if life else "",
     )
+
+
+def _life(replay: object) -> int:
+    """Which life of its id a command leads: 0 the first, one more each time it is sent again on purpose."""
+    return replay if isinstance(replay, int) and not isinstance(replay, bool) and replay > 0 else 0
 
 
 def _born(published_at_ms: object, timestamp: datetime | None, received: float) -> float:

@@ -14,7 +14,7 @@ from worker.core.verdict import Conclusion
 class Book:
     """Entries come in by `add`, in queue order, and go out by `end`, exactly once each; `take` hands over what to tell.
 
-    An entry whose `message_id` has ended before is *known*: `repeat` ends it with the event that told it then.
+    An entry whose command has ended before is *known*: `repeat` ends it with the event that told it then.
     """
 
     def __init__(self, conversation_id: str, memory: Memory) -> None:
@@ -39,8 +39,8 @@ class Book:
         self._queue.append(entry)
 
     def known(self, entry: Entry) -> bool:
-        """Whether a command with this id has ended."""
-        return entry.message_id is not None and entry.message_id in self.memory.ended
+        """Whether a command with this id has ended, in this life of it."""
+        return entry.known_as in self.memory.ended
 
     def chunks(self) -> Iterator[Entry]:
         """All speech that waits, each command once: of two deliveries under one id the first counts."""
@@ -67,14 +67,14 @@ class Book:
             for entry in conclusion.entries:
                 assert isinstance(entry, Entry)
                 self._leave(entry)
-                if entry.message_id is not None:
+                if entry.known_as is not None:
                     ended = Ended(entry.fingerprint, conclusion.event, now, conclusion.before, conclusion.after)
-                    self.memory.end(entry.message_id, ended)
+                    self.memory.end(entry.known_as, ended)
 
     def repeat(self, entry: Entry, session: Session | None) -> None:
         """End a known entry: as its command ended, or as rejected if the body is another one."""
-        assert entry.message_id is not None
-        ended = self.memory.ended[entry.message_id]
+        assert entry.known_as is not None
+        ended = self.memory.ended[entry.known_as]
         self._leave(entry)
         if ended.fingerprint == entry.fingerprint:
             self._out.append(verdict.repeated(ended, entry, session))

@@ -2,7 +2,8 @@
 
 A lane is driven in a loop by whoever owns it (`flow.runner`):
 
-    offer(entry)          a command was delivered; it waits its turn. An interrupt silences what waits before it
+    offer(entry)          a command was delivered; it waits its turn. An interrupt silences what waits before it,
+                          a chunk sent again on purpose lifts the mark of its failed turn
     step = next(now)      what has ended by now, and the one thing to do next
     done(work, result)    what became of that
 
@@ -60,6 +61,8 @@ class Lane:
             self._book.memory.note_silenced(entry.key, silenced)
             if not spared and self._speech.outdated(now):
                 self._speech.drop()
+        elif isinstance(entry.command, Speak) and entry.replay and not self._book.known(entry):
+            self._speech.revive(entry, now)
         self._book.add(entry)
         return self._book.take()
 

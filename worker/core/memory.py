@@ -25,12 +25,16 @@ class TurnState(StrEnum):
 
 @dataclass(slots=True)
 class Turn:
-    """A turn as far as it was handed to the API: `pieces` calls with `text_length` characters."""
+    """A turn as far as it was handed to the API: `pieces` calls with `text_length` characters.
+
+    `replay`: with what its chunks were last sent again.
+    """
 
     state: TurnState = TurnState.OPEN
     pieces: int = 0
     text_length: int = 0
     touched: float = 0.0
+    replay: str = ""
 
     @property
     def silent(self) -> bool:
@@ -134,7 +138,7 @@ class Memory:
 
     def reopen(self, turn_id: str, now: float) -> None:
         """The turn begins anew."""
-        self.turns[turn_id] = Turn(touched=now)
+        self.turns[turn_id] = Turn(touched=now, replay=self.turns[turn_id].replay)
         self._touched.add(turn_id)
 
     def is_silent(self, turn_id: str) -> bool:

@@ -20,7 +20,8 @@ class Entry:
     """One delivered command. Two entries are the same only if they are the same delivery.
 
     `key` names the command in event ids: its `message_id`, or something random where it has none. `born` is where its
-    age counts from. `delivery` is the broker's side of it, which the core only passes on.
+    age counts from. `delivery` is the broker's side of it, which the core only passes on. A command that an operator
+    sends again leads another life: its key is another, and `replay` names what it was sent again with.
     """
 
     command: Command
@@ -32,6 +33,12 @@ class Entry:
     redelivered: bool = False
     traceparent: str | None = None
     reply_to: ReplyTo | None = None
+    replay: str = ""
+
+    @property
+    def known_as(self) -> str | None:
+        """What its end is remembered by; None: it has no id, and nobody would know it again."""
+        return self.key if self.message_id is not None else None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

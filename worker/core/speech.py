@@ -205,6 +205,21 @@ class Speech:
                 self._book.tell(Conclusion(silent))
         return {turn_id: len(entries) for turn_id, entries in doomed.items()}
 
+    def revive(self, entry: Entry, now: float) -> None:
+        """A chunk is sent again on purpose: if its turn has failed, it begins anew, behind what of it still waits.
+
+        Once for all that is sent again together: where one of those chunks fails, the rest fails with it.
+        """
+        turn_id = speak_of(entry).turn_id
+        turn = self._memory.turn(turn_id, now)
+        if turn.state is TurnState.FAILED and turn.replay != entry.replay:
+            waiting = [one for one in self._book.chunks() if speak_of(one).turn_id == turn_id]
+            if waiting:
+                failed = verdict.failed(self._book.conversation_id, waiting, SpeechFailure.TURN_FAILED, why=None)
+                self._book.end([failed], now)
+            self._memory.reopen(turn_id, now)
+        self._memory.turn(turn_id, now).replay = entry.replay
+
     # What is not said.
 
     def _plan_blank(self, run: list[Entry], now: float) -> Wait | None:

@@ -36,11 +36,12 @@ from worker.core.model import CallResult, Entry, Misfit, Piece, Session, speak_o
 
 @dataclass(frozen=True, slots=True)
 class Parked:
-    """Why a copy is kept, and after how many calls."""
+    """Why a copy is kept, and after how many calls. `ended`: the type of its event, where `reason` does not tell."""
 
     reason: str
     error: str
     attempts: int = 0
+    ended: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -132,7 +132,7 @@ class Runner:
                 await self._begin(tenure)
                 continue
             here = list(self._arrived)
-            await self._look_up({entry.message_id for entry in here if entry.message_id is not None})
+            await self._look_up({entry.known_as for entry in here if entry.known_as is not None})
             # No more than was looked up: others may have arrived, or the tenure may have ended, meanwhile.
             for entry in here:
                 if tenure_of(entry) is not tenure or self._tenure is not tenure:

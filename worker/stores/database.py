@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import functools
+import os
 import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
@@ -130,7 +131,8 @@ def _engine(url: str) -> AsyncEngine:
         return create_async_engine(driver_url, poolclass=StaticPool, **options)
     path = Path(url.removeprefix("sqlite:///"))
     try:
-        path.touch(mode=0o600)
+        # As SQLite will, but with an error that says what is wrong.
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
     except OSError as error:
         raise ConfigurationError(f"STORE_URL: {path} cannot be written: {error.strerror}") from None
     engine = create_async_engine(driver_url, **options)

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import json
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -26,6 +26,11 @@ PAUSE_S = 0.2
 LONGEST_PAUSE_S = 5.0
 PRUNE_ROWS = 500
 """Rows a transaction of `prune` deletes at most, so that speech does not wait for it."""
+
+ENDED = sa.select(commands.c.message_id, commands.c.fingerprint, commands.c.touched, endings.c.event).join(
+    endings, endings.c.ending_id == commands.c.ending_id
+)
+"""Commands with how they ended; `ended_of` reads a row of it."""
 
 _DATA_TYPES = {name: data for data, name in EVENT_TYPES.items()}
 
@@ -80,21 +85,17 @@ class SqlLedger:
             if row is None:
                 return Memory()
             found = await connection.execute(sa.select(turns).where(turns.c.conversation_id == conversation_id))
-            known = {one.turn_id: Turn(TurnState(one.state), one.pieces, one.text_length, one.touched) for one in found}
+            known = {
+                one.turn_id: Turn(TurnState(one.state), one.pieces, one.text_length, one.touched, one.replay)
+                for one in found
+            }
         return Memory(_state(row.state), known, version=row.version)
 
     @to_the_end
     async def known(self, conversation_id: str, message_ids: Sequence[str]) -> dict[str, Ended]:
         """One look-up for all."""
-        wanted = sa.and_(commands.c.conversation_id == conversation_id, commands.c.message_id.in_(message_ids))
-        query = (
-            sa.select(commands.c.message_id, commands.c.fingerprint, commands.c.touched, endings.c.event)
-            .join(endings, endings.c.ending_id == commands.c.ending_id)
-            .where(wanted)
-        )
         async with self._database.reading() as connection:
-            found = await connection.execute(query)
-            return {row.message_id: _ended(row) for row in found}
+            return await _known(connection, conversation_id, message_ids)
 
     def intend(
         self, conversation_id: str, changes: Changes | None, partition: int, epoch: int
@@ -105,6 +106,27 @@ class SqlLedger:
     def record(self, conversation_id: str, changes: Changes, *, outcome: bool) -> asyncio.Future[Grant]:
         """Granted while the row is as it was; an outcome, while its attempt has none."""
         return self._ask(_Job(conversation_id, changes, -1, None, outcome, done=_future()))
+
+    async def end(self, conversation_id: str, known_as: str, ended: Ended) -> Ended:
+        """In one transaction; tries until the store takes it."""
+        pause_s = PAUSE_S
+        while True:
+            try:
+                return await self._end(conversation_id, known_as, ended)
+            except sa.exc.DBAPIError as error:
+                _log.error(logs.STORE_FAILED, error=str(error.orig), again_in_s=pause_s)
+            await asyncio.sleep(pause_s)
+            pause_s = min(pause_s * 2, LONGEST_PAUSE_S)
+
+    @to_the_end
+    async def _end(self, conversation_id: str, known_as: str, ended: Ended) -> Ended:
+        async with self._database.writing() as connection:
+            stands = (await _known(connection, conversation_id, [known_as])).get(known_as)
+            if stands is None:
+                await connection.execute(_noted(conversation_id, ended.at))
+                for table, row in _ended_rows(conversation_id, known_as, ended):
+                    await connection.execute(_STATEMENTS[table], [row])
+            return stands or ended
 
     @to_the_end
     async def raise_epoch(self, partition: int) -> int:
@@ -201,20 +223,31 @@ async def _put(connection: AsyncConnection, written: Mapping[str, _Row], jobs: I
             for turn_id, turn in changes.turns.items()
         ]
         for message_id, ended in changes.ended.items():
-            ending_id = ended.event.id("")
-            rows[endings].append({"ending_id": ending_id, "event": _text(ended), "touched": ended.at})
-            rows[commands].append(
-                {
-                    "conversation_id": conversation_id,
-                    "message_id": message_id,
-                    "fingerprint": ended.fingerprint,
-                    "ending_id": ending_id,
-                    "touched": ended.at,
-                }
-            )
+            for table, row in _ended_rows(conversation_id, message_id, ended):
+                rows[table].append(row)
     for table, statement in _STATEMENTS.items():
         if rows[table]:
             await connection.execute(statement, rows[table])
+
+
+def _noted(conversation_id: str, now: float) -> sa.Insert:
+    """A row of the conversation, if there is none: a lane that finds none looks nothing up."""
+    state = json.dumps(asdict(State()), default=sorted)
+    row = {"conversation_id": conversation_id, "version": 1, "number": 0, "state": state, "touched": now}
+    return insert(conversations).values(row).on_conflict_do_nothing()
+
+
+def _ended_rows(conversation_id: str, message_id: str, ended: Ended) -> Iterator[tuple[sa.Table, Mapping[str, Any]]]:
+    ending_id = ended.event.id("")
+    yield endings, {"ending_id": ending_id, "event": _text(ended), "touched": ended.at}
+    command = {"conversation_id": conversation_id, "message_id": message_id, "fingerprint": ended.fingerprint}
+    yield commands, command | {"ending_id": ending_id, "touched": ended.at}
+
+
+async def _known(connection: AsyncConnection, conversation_id: str, message_ids: Sequence[str]) -> dict[str, Ended]:
+    wanted = sa.and_(commands.c.conversation_id == conversation_id, commands.c.message_id.in_(message_ids))
+    found = await connection.execute(ENDED.where(wanted))
+    return {row.message_id: ended_of(row) for row in found}
 
 
 def _upsert(table: sa.Table) -> Any:
@@ -241,7 +274,8 @@ def _row(event: Event) -> list[Any]:
     return [event.type, event.conversation_id, event.key, event.traceparent, data]
 
 
-def _ended(row: Any) -> Ended:
+def ended_of(row: Any) -> Ended:
+    """How a command ended, from a row of `ENDED`."""
     before, (event,), after = (tuple(map(_event, rows)) for rows in json.loads(row.event))
     return Ended(row.fingerprint, event, row.touched, before, after)
 

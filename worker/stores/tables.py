@@ -52,6 +52,7 @@ turns = sa.Table(
     sa.Column("state", sa.Text, nullable=False),
     sa.Column("pieces", sa.Integer, nullable=False),
     sa.Column("text_length", sa.Integer, nullable=False),
+    sa.Column("replay", sa.Text, nullable=False),
     sa.Column("touched", sa.Float, nullable=False, index=True),
 )
 

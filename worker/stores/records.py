@@ -1,0 +1,84 @@
+"""What the store knows of a conversation, for a person to read. Never a token, never what was said."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import sqlalchemy as sa
+
+from worker.core.memory import Ended, Memory
+from worker.errors import ConfigurationError
+from worker.stores.database import IN_MEMORY, Database
+from worker.stores.ledger import ENDED, SqlLedger, ended_of
+from worker.stores.tables import commands, conversations, partitions, sessions
+
+LAST_ENDS = 10
+
+
+@dataclass(frozen=True, slots=True)
+class KnownSession:
+    """A session and who holds it. Times are epoch seconds; `lease_until` 0: let go of."""
+
+    session_id: str
+    avatar_id: str | None
+    voice_id: str | None
+    attached: bool
+    owner: str
+    lease_until: float
+    last_used: float
+
+
+@dataclass(frozen=True, slots=True)
+class Dossier:
+    """What there is of one conversation.
+
+    `epochs` are those of all partitions, by number. `ends` are the latest, newest first, by what the command is known
+    as, of `ended` in all.
+    """
+
+    memory: Memory
+    touched: float | None
+    session: KnownSession | None
+    epochs: dict[int, int]
+    ended: int
+    ends: list[tuple[str, Ended]]
+
+
+def demand_store(url: str) -> None:
+    """Where there is no store, opening it would make one.
+
+    Raises:
+        ConfigurationError: there is none, or it is another process's memory.
+    """
+    if url == IN_MEMORY:
+        raise ConfigurationError("STORE_URL: a store in memory is known to its worker alone")
+    path = Path(url.removeprefix("sqlite:///"))
+    if url.startswith("sqlite:///") and not path.exists():
+        raise ConfigurationError(f"STORE_URL: there is no store at {path}; name the one that the workers use")
+
+
+async def collect(database: Database, conversation_id: str) -> Dossier:
+    """Look it all up."""
+    memory = await SqlLedger(database, lambda: 0.0).recall(conversation_id)
+    mine = commands.c.conversation_id == conversation_id
+    latest = ENDED.where(mine).order_by(commands.c.touched.desc()).limit(LAST_ENDS)
+    async with database.reading() as connection:
+        row = sa.select(conversations.c.touched).where(conversations.c.conversation_id == conversation_id)
+        touched = (await connection.execute(row)).scalar_one_or_none()
+        held = sa.select(sessions).where(sessions.c.conversation_id == conversation_id)
+        session = (await connection.execute(held)).one_or_none()
+        epochs = {row.partition: row.epoch for row in await connection.execute(sa.select(partitions))}
+        ended = (await connection.execute(sa.select(sa.func.count()).select_from(commands).where(mine))).scalar_one()
+        ends = [(row.message_id, ended_of(row)) for row in await connection.execute(latest)]
+    return Dossier(memory, touched, None if session is None else _session(session), epochs, ended, ends)
+
+
+def _session(row: sa.Row[tuple[object, ...]]) -> KnownSession:
+    return KnownSession(
+        session_id=row.session_id,
+        avatar_id=row.avatar_id,
+        voice_id=row.voice_id,
+        attached=row.attached,
+        owner=row.owner,
+        lease_until=row.lease_until,
+        last_used=row.last_used,
+    )
