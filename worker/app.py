@@ -65,8 +65,8 @@ async def run(settings: Settings) -> None:
             is_served=lanes.is_served,
             submit=settler.submit,
         )
-        wanted = Record(settings.partitions, await store.identity())
-        inbox = Inbox(lanes, ledger.raise_epoch, wanted=wanted, worker=name, prefetch=settings.prefetch, clock=clock)
+        wanted = Record(settings.partitions, await store.identity(), settings.prefetch)
+        inbox = Inbox(lanes, ledger.raise_epoch, wanted=wanted, worker=name, clock=clock)
         checks = {"consuming": inbox.ready.is_set, "publishing": outbox.ready.is_set}
         health = await stack.enter_async_context(Health(settings.ops_host, settings.ops_port, checks))
         url = settings.amqp_url.get_secret_value()

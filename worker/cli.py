@@ -9,6 +9,7 @@ import sys
 from collections.abc import Coroutine, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from schemas.routes import MAX_PARTITIONS
 from worker.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -52,6 +53,10 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("simulator", help="the Avatar API on this machine, with scriptable faults")
     topology = commands.add_parser("topology", help="declare and check what the worker needs on the broker")
     topology.set_defaults(command=_topology)
+    changes = topology.add_subparsers(metavar="CHANGE")
+    repartition = changes.add_parser("repartition", help="change the number of partitions, while no worker runs")
+    repartition.add_argument("partitions", type=_partitions, metavar="N", help=f"1 to {MAX_PARTITIONS}")
+    repartition.set_defaults(command=_repartition)
     parked = commands.add_parser("parked", help="commands that were given up")
     actions = parked.add_subparsers(required=True, metavar="ACTION")
     listing = actions.add_parser("list", help="show the oldest, with the reason")
@@ -76,11 +81,25 @@ def _topology(_options: argparse.Namespace) -> int:
     return int(_await(operate.declare_topology(_load(TopologySettings))))
 
 
+def _repartition(options: argparse.Namespace) -> int:
+    from worker import operate  # noqa: PLC0415
+    from worker.settings import TopologySettings  # noqa: PLC0415
+
+    return int(_await(operate.repartition(_load(TopologySettings), options.partitions)))
+
+
 def _parked_list(options: argparse.Namespace) -> int:
     from worker import operate  # noqa: PLC0415
     from worker.settings import BrokerSettings  # noqa: PLC0415
 
     return int(_await(operate.list_parked(_load(BrokerSettings), limit=options.limit, as_json=options.json)))
+
+
+def _partitions(text: str) -> int:
+    number = int(text)
+    if not 1 <= number <= MAX_PARTITIONS:
+        raise ValueError(text)
+    return number
 
 
 def _load(kind: "type[_S]") -> "_S":

@@ -2,13 +2,14 @@
 
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 
 from rich.console import Console
 from rich.table import Table
 
 from worker.amqp import link, parked, topology
+from worker.amqp import repartition as repartitioning
 from worker.amqp.topology import Record
 from worker.errors import ConfigurationError
 from worker.settings import BrokerSettings, TopologySettings
@@ -18,11 +19,7 @@ from worker.stores.sessions import SqlSessions
 
 async def declare_topology(settings: TopologySettings) -> int:
     """Declare what the contract names and print what stands there; returns the exit code."""
-    database = await Database.open(settings.store_url)
-    try:
-        wanted = Record(settings.partitions, await SqlSessions(database).identity())
-    finally:
-        await database.close()
+    wanted = await _wanted(settings)
     async with _connected(settings) as connection:
         await topology.declare(connection, wanted)
         rows = await topology.survey(connection, wanted.partitions)
@@ -30,6 +27,19 @@ async def declare_topology(settings: TopologySettings) -> int:
     for row in rows:
         table.add_row(row.queue, str(row.messages), str(row.consumers))
     _print(table)
+    return 0
+
+
+async def repartition(settings: TopologySettings, partitions: int) -> int:
+    """Change the number of partitions and print what to do next; returns the exit code."""
+    wanted = replace(await _wanted(settings), partitions=partitions)
+    async with _connected(settings) as connection:
+        done = await repartitioning.repartition(connection, wanted)
+    before = f"{done.before} partitions before, now" if done.before else "now"
+    sys.stdout.write(
+        f"{before} {partitions}. Set PARTITIONS={partitions} and PREFETCH={wanted.prefetch} for all workers, "
+        "and start them.\n"
+    )
     return 0
 
 
@@ -50,6 +60,15 @@ async def list_parked(settings: BrokerSettings, *, limit: int, as_json: bool) ->
         table.add_row(at, row.reason, row.routing_key, row.message_id, str(row.attempts), row.error)
     _print(table)
     return 0
+
+
+async def _wanted(settings: TopologySettings) -> Record:
+    """What these settings want the broker to be."""
+    database = await Database.open(settings.store_url)
+    try:
+        return Record(settings.partitions, await SqlSessions(database).identity(), settings.prefetch)
+    finally:
+        await database.close()
 
 
 def _print(table: Table) -> None:

@@ -19,11 +19,18 @@ from worker.flow.clock import SteadyClock
 from worker.flow.desk import Desk
 from worker.flow.lanes import Lanes
 from worker.flow.settler import Settler
-from worker.stores.sql import SqlStore
+from worker.stores.database import Database
+from worker.stores.ledger import SqlLedger
+from worker.stores.sessions import SqlSessions
 
 Session_ = Callable[[AbstractConnection], Awaitable[None]]
 STORE = "the store"
 OK = CallResult(CallKind.OK, 200)
+
+
+def agreed(partitions: int, store_id: str = STORE, prefetch: int = 200) -> Record:
+    """What the workers of a test agree on."""
+    return Record(partitions, store_id, prefetch)
 
 
 @dataclass
@@ -132,23 +139,28 @@ def start(amqp_url: str) -> Start:
         event_retry_s: float = 30.0,
     ) -> AsyncIterator[Station]:
         clock, avatar = SteadyClock(), Avatar()
-        store = await SqlStore.open("sqlite://")
+        database = await Database.open("sqlite://")
+        store, ledger = SqlSessions(database), SqlLedger(database, clock)
         outbox = Outbox(source="test", worker=name, event_retry_s=event_retry_s, clock=clock)
         settler = Settler(outbox)
-        lanes = Lanes(Rules(default_avatar="a"), Desk(avatar, store, name, clock), settler, clock, keep_s=3600)
-        inbox = Inbox(lanes, wanted=Record(partitions, STORE), worker=name, prefetch=200, clock=clock)
+        desk = Desk(avatar, store, name, clock)
+        lanes = Lanes(Rules(default_avatar="a"), desk=desk, ledger=ledger, settler=settler, clock=clock)
+        inbox = Inbox(lanes, ledger.raise_epoch, wanted=agreed(partitions), worker=name, clock=clock)
         consuming, publishing = Life(inbox.session), Life(outbox.session)
         tasks = tuple(
             asyncio.create_task(Link(where, name=name, heartbeat_s=10).run(life))
             for where, life in ((url, consuming), (publish_url or url, publishing))
         )
+        writing = asyncio.create_task(ledger.run())
         station = Station(inbox, outbox, avatar, lanes, settler, consuming, publishing, tasks)
         try:
             await station.ready()
             yield station
         finally:
             await station.gone()
-            await store.close()
+            writing.cancel()
+            await asyncio.gather(writing, return_exceptions=True)
+            await database.close()
 
     return start
 
