@@ -140,26 +140,21 @@ def start(amqp_url: str) -> Start:
     ) -> AsyncIterator[Station]:
         clock, avatar = SteadyClock(), Avatar()
         database = await Database.open("sqlite://")
-        store, ledger = SqlSessions(database), SqlLedger(database, clock)
+        desk, ledger = Desk(avatar, SqlSessions(database), name, clock), SqlLedger(database, clock)
         outbox = Outbox(source="test", worker=name, event_retry_s=event_retry_s, clock=clock)
         settler = Settler(outbox)
-        desk = Desk(avatar, store, name, clock)
         lanes = Lanes(Rules(default_avatar="a"), desk=desk, ledger=ledger, settler=settler, clock=clock)
         inbox = Inbox(lanes, ledger.raise_epoch, wanted=agreed(partitions), worker=name, clock=clock)
         consuming, publishing = Life(inbox.session), Life(outbox.session)
-        tasks = tuple(
-            asyncio.create_task(Link(where, name=name, heartbeat_s=10).run(life))
-            for where, life in ((url, consuming), (publish_url or url, publishing))
-        )
-        writing = asyncio.create_task(ledger.run())
+        links = ((url, consuming), (publish_url or url, publishing))
+        work = [Link(where, name=name, heartbeat_s=10).run(life) for where, life in links]
+        tasks = tuple(asyncio.create_task(one) for one in (*work, ledger.run()))
         station = Station(inbox, outbox, avatar, lanes, settler, consuming, publishing, tasks)
         try:
             await station.ready()
             yield station
         finally:
             await station.gone()
-            writing.cancel()
-            await asyncio.gather(writing, return_exceptions=True)
             await database.close()
 
     return start

@@ -42,7 +42,6 @@ class Lane:
         self._attempts = Attempts()
         self._speech = Speech(self._book, rules, self._attempts)
         self._sessions = SessionPlan(self._book, rules, self._attempts, self._speech)
-        self._silenced: dict[Entry, dict[str, int]] = {}
         self._calling = False
 
     def __len__(self) -> int:
@@ -52,13 +51,13 @@ class Lane:
     def begin(self, session: Session | None) -> None:
         """The session that the lane's owner has found, if there is one."""
         self._sessions.session = session
-        self._speech.doubt()
 
     def offer(self, entry: Entry, now: float) -> tuple[Conclusion, ...]:
         """Queue a command; returns what ends by its mere coming."""
         if isinstance(entry.command, Interrupt) and not self._acted(entry):
             spared = self._in_call() if self._calling else ()
-            self._silenced[entry] = self._speech.silence(entry, entry.command.turn_id, now, spared)
+            silenced = self._speech.silence(entry, entry.command.turn_id, now, spared)
+            self._book.memory.note_silenced(entry.key, silenced)
             if not spared and self._speech.outdated(now):
                 self._speech.drop()
         self._book.add(entry)
@@ -69,12 +68,13 @@ class Lane:
         assert not self._calling, "one thing at a time"
         work = self._plan(now)
         if work is not None and not isinstance(work, Wait):
-            free_at = max(self._attempts.busy_until, hold_until)
+            free_at = max(self._book.memory.state.busy_until, hold_until)
             if free_at > now:
                 work = Wait(free_at)
             else:
                 self._calling = True
                 self._attempts.begin(now)
+                self._book.memory.update(busy_until=now + self._rules.ambiguous_wait_s)
                 if isinstance(work, Say):
                     self._speech.begin(work.piece, now)
         return Step(self._book.take(), work)
@@ -88,11 +88,12 @@ class Lane:
         """
         assert self._calling
         self._calling = False
-        if result.kind is CallKind.UNKNOWN:
-            self._attempts.lost(self._rules.ambiguous_wait_s)
+        if result.kind is not CallKind.UNKNOWN:
+            self._book.memory.update(busy_until=0.0)
         match work:
             case _ if result.kind is CallKind.STALE:
                 self._sessions.forget()
+                self._speech.unsaid()
                 self._attempts.rest()
             case Say():
                 if result.kind is CallKind.GONE:
@@ -119,7 +120,7 @@ class Lane:
                 return Wait(self._attempts.not_before)
             head = self._book.head
             if self._book.known(head) and self._speech.piece is None:
-                self._silenced.pop(head, None)
+                self._book.memory.take_silenced(head.key)
                 self._book.repeat(head, self._sessions.session)
                 continue
             work = self._plan_head(head, now)
@@ -150,7 +151,7 @@ class Lane:
                 assert_never(unreachable)
 
     def _end_interrupt(self, entry: Entry, result: CallResult | None, now: float) -> None:
-        silenced = self._silenced.pop(entry, {})
+        silenced = self._book.memory.take_silenced(entry.key)
         if result is not None and result.kind is CallKind.OK:
             self._book.memory.playing_until = now
         # Without a session nothing can have been silenced but what was waiting for one.
@@ -163,7 +164,7 @@ class Lane:
 
     def _acted(self, interrupt: Entry) -> bool:
         """Whether this interrupt, delivered before, has silenced already; it must not silence what came after it."""
-        return self._book.known(interrupt) or any(entry.key == interrupt.key for entry in self._silenced)
+        return self._book.known(interrupt) or interrupt.key in self._book.memory.state.silenced
 
     def _in_call(self) -> tuple[Entry, ...]:
         """The entries whose fate hangs on a call that is under way, or may have had its effect."""
