@@ -10,7 +10,7 @@ from collections.abc import Coroutine, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from schemas.routes import MAX_PARTITIONS
-from worker.errors import ConfigurationError
+from worker.errors import ConfigurationError, WorkerError
 
 if TYPE_CHECKING:
     from worker.settings import BrokerSettings
@@ -36,6 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigurationError as error:
         print(f"avatar-worker: {error}", file=sys.stderr)
         return 2
+    except WorkerError as error:
+        print(f"avatar-worker: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
 
