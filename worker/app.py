@@ -16,6 +16,7 @@ from worker.amqp.inbox import Inbox
 from worker.amqp.link import Link, where
 from worker.amqp.outbox import Outbox
 from worker.amqp.topology import Record
+from worker.amqp.watchdog import Watchdog
 from worker.avatar.client import Api, AvatarClient, KsSource
 from worker.avatar.credentials import FixedKs, KsFile
 from worker.flow.clock import SteadyClock
@@ -42,6 +43,7 @@ async def run(settings: Settings) -> None:
 
     Raises:
         ConfigurationError: the settings do not fit this machine or this broker.
+        LinkSilent: the broker is there, and passes nothing on.
     """
     signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
     for one in (signal.SIGTERM, signal.SIGINT):
@@ -67,18 +69,28 @@ async def run(settings: Settings) -> None:
             is_served=lanes.is_served,
             submit=settler.submit,
         )
-        wanted = Record(settings.partitions, await store.identity())
-        inbox = Inbox(lanes, ledger.raise_epoch, wanted=wanted, worker=name, prefetch=settings.prefetch, clock=clock)
+        wanted = Record(settings.partitions, await store.identity(), settings.prefetch)
+        inbox = Inbox(lanes, ledger.raise_epoch, wanted=wanted, worker=name, clock=clock)
         dead = DeadQueue(DeadLetters(ledger=ledger, settler=settler, clock=clock).take, clock)
-        checks = {"consuming": inbox.ready.is_set, "publishing": outbox.ready.is_set}
+        watchdog = Watchdog()
+        checks = {
+            "consuming": inbox.ready.is_set,
+            "publishing": outbox.ready.is_set,
+            "passing": watchdog.ready.is_set,
+        }
         health = await stack.enter_async_context(Health(settings.ops_host, settings.ops_port, checks))
         url = settings.amqp_url.get_secret_value()
         _log.info(logs.WORKER_STARTING, worker=name, broker=where(url), partitions=settings.partitions)
         tasks = await stack.enter_async_context(
             _Background(
-                Link(url, name=f"{name} publish", heartbeat_s=settings.heartbeat_s).run(outbox.session),
-                Link(url, name=f"{name} consume", heartbeat_s=settings.heartbeat_s).run(inbox.session),
+                Link(url, name=f"{name} publish", heartbeat_s=settings.heartbeat_s).run(
+                    watchdog.publishing(outbox.session)
+                ),
+                Link(url, name=f"{name} consume", heartbeat_s=settings.heartbeat_s).run(
+                    watchdog.consuming(inbox.session)
+                ),
                 Link(url, name=f"{name} dead letters", heartbeat_s=settings.heartbeat_s).run(dead.session),
+                watchdog.run(),
                 keeper.run(),
                 ledger.run(),
                 _prune(ledger, clock, settings.ledger_keep_s),

@@ -9,7 +9,8 @@ import sys
 from collections.abc import Coroutine, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from worker.errors import ConfigurationError
+from schemas.routes import MAX_PARTITIONS
+from worker.errors import ConfigurationError, WorkerError
 
 if TYPE_CHECKING:
     from worker.amqp.shelf import Wanted
@@ -36,6 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigurationError as error:
         print(f"avatar-worker: {error}", file=sys.stderr)
         return 2
+    except WorkerError as error:
+        print(f"avatar-worker: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
 
@@ -53,6 +57,10 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("simulator", help="the Avatar API on this machine, with scriptable faults")
     topology = commands.add_parser("topology", help="declare and check what the worker needs on the broker")
     topology.set_defaults(command=_topology)
+    changes = topology.add_subparsers(metavar="CHANGE")
+    repartition = changes.add_parser("repartition", help="change the number of partitions, while no worker runs")
+    repartition.add_argument("partitions", type=_partitions, metavar="N", help=f"1 to {MAX_PARTITIONS}")
+    repartition.set_defaults(command=_repartition)
     _add_parked(commands.add_parser("parked", help="commands that were given up"))
     explain = commands.add_parser(
         "explain", help="what is known of a conversation: session, turns, ends, what is parked"
@@ -96,6 +104,13 @@ def _topology(_options: argparse.Namespace) -> int:
     return int(_await(operate.declare_topology(_load(TopologySettings))))
 
 
+def _repartition(options: argparse.Namespace) -> int:
+    from worker import operate  # noqa: PLC0415
+    from worker.settings import TopologySettings  # noqa: PLC0415
+
+    return int(_await(operate.repartition(_load(TopologySettings), options.partitions)))
+
+
 def _parked_list(options: argparse.Namespace) -> int:
     from worker import parking  # noqa: PLC0415
     from worker.settings import BrokerSettings  # noqa: PLC0415
@@ -131,6 +146,13 @@ def _explain(options: argparse.Namespace) -> int:
     from worker.settings import TopologySettings  # noqa: PLC0415
 
     return int(_await(explain.explain(_load(TopologySettings), options.conversation, as_json=options.json)))
+
+
+def _partitions(text: str) -> int:
+    number = int(text)
+    if not 1 <= number <= MAX_PARTITIONS:
+        raise ValueError(text)
+    return number
 
 
 def _load(kind: "type[_S]") -> "_S":

@@ -1,9 +1,13 @@
 """The commands of an operator that look at the broker: each connects, does its work, and prints what it found."""
 
+import sys
+from dataclasses import replace
+
 from rich.console import Console
 from rich.table import Table
 
 from worker.amqp import link, topology
+from worker.amqp import repartition as repartitioning
 from worker.amqp.topology import Record
 from worker.settings import BrokerSettings, TopologySettings
 from worker.stores.database import Database
@@ -12,11 +16,7 @@ from worker.stores.sessions import SqlSessions
 
 async def declare_topology(settings: TopologySettings) -> int:
     """Declare what the contract names and print what stands there; returns the exit code."""
-    database = await Database.open(settings.store_url)
-    try:
-        wanted = Record(settings.partitions, await SqlSessions(database).identity())
-    finally:
-        await database.close()
+    wanted = await _wanted(settings)
     async with connected(settings) as connection:
         await topology.declare(connection, wanted)
         rows = await topology.survey(connection, wanted.partitions)
@@ -24,6 +24,19 @@ async def declare_topology(settings: TopologySettings) -> int:
     for row in rows:
         table.add_row(row.queue, str(row.messages), str(row.consumers))
     show(table)
+    return 0
+
+
+async def repartition(settings: TopologySettings, partitions: int) -> int:
+    """Change the number of partitions and print what to do next; returns the exit code."""
+    wanted = replace(await _wanted(settings), partitions=partitions)
+    async with connected(settings) as connection:
+        done = await repartitioning.repartition(connection, wanted)
+    before = f"{done.before} partitions before, now" if done.before else "now"
+    sys.stdout.write(
+        f"{before} {partitions}. Set PARTITIONS={partitions} and PREFETCH={wanted.prefetch} for all workers, "
+        "and start them.\n"
+    )
     return 0
 
 
@@ -36,3 +49,12 @@ def show(what: Table | str) -> None:
 def connected(settings: BrokerSettings) -> link.Connected:
     """A connection for one errand."""
     return link.Connected(settings.amqp_url.get_secret_value(), heartbeat_s=settings.heartbeat_s)
+
+
+async def _wanted(settings: TopologySettings) -> Record:
+    """What these settings want the broker to be."""
+    database = await Database.open(settings.store_url)
+    try:
+        return Record(settings.partitions, await SqlSessions(database).identity(), settings.prefetch)
+    finally:
+        await database.close()

@@ -47,6 +47,8 @@ class TopologySettings(BrokerSettings):
     """What all workers of a broker must agree on, since it stands written there."""
 
     partitions: Annotated[int, Field(ge=1, le=MAX_PARTITIONS)] = 1
+    prefetch: Annotated[int, Field(ge=1, le=65535)] = 2000
+    """Unacknowledged commands a partition may hold here; the same for the whole fleet."""
     store_url: str = "sqlite:///avatar-worker.db"
 
     @field_validator("store_url")
@@ -60,8 +62,6 @@ class TopologySettings(BrokerSettings):
 class Settings(TopologySettings):
     """Everything `worker run` needs."""
 
-    prefetch: Annotated[int, Field(ge=1, le=65535)] = 2000
-    """Unacknowledged commands a partition may hold here; the same for the whole fleet."""
     event_source: Annotated[str, Field(min_length=1)] = "avatar-worker"
     event_retry_s: Seconds = 30
     worker_name: Annotated[str, Field(min_length=1, max_length=128)] = Field(

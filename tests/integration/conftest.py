@@ -32,6 +32,11 @@ OK = CallResult(CallKind.OK, 200)
 REFUSED = CallResult(CallKind.REFUSED, 400, error="not that")
 
 
+def agreed(partitions: int, store_id: str = STORE, prefetch: int = 200) -> Record:
+    """What the workers of a test agree on."""
+    return Record(partitions, store_id, prefetch)
+
+
 @dataclass
 class Avatar:
     """`ports.AvatarApi` that remembers what it takes: all but text it `refuses`. While `gate` is shut, a say hangs."""
@@ -147,8 +152,7 @@ def start(amqp_url: str) -> Start:
         settler = Settler(outbox)
         desk = Desk(avatar, store, name, clock)
         lanes = Lanes(Rules(default_avatar="a"), desk=desk, ledger=ledger, settler=settler, clock=clock)
-        wanted = Record(partitions, STORE)
-        inbox = Inbox(lanes, ledger.raise_epoch, wanted=wanted, worker=name, prefetch=200, clock=clock)
+        inbox = Inbox(lanes, ledger.raise_epoch, wanted=agreed(partitions), worker=name, clock=clock)
         consuming, publishing = Life(inbox.session), Life(outbox.session)
         links: list[tuple[str, Session_]] = [(url, consuming), (publish_url or url, publishing)]
         if dead:

@@ -6,11 +6,10 @@ import pytest
 from aio_pika.abc import AbstractConnection
 
 from schemas.routes import partition_queue
-from tests.integration.conftest import STORE, Start
+from tests.integration.conftest import Start, agreed
 from tests.support.bus import Bus, connected, eventually
 from tests.support.proxy import proxied
 from worker.amqp.inbox import AmqpDelivery, Inbox
-from worker.amqp.topology import Record
 from worker.core.model import Entry, Misfit
 from worker.flow.clock import SteadyClock
 from worker.local.broker import OwnedBroker
@@ -91,8 +90,12 @@ class Catcher:
         pass
 
 
+async def epochs(_partition: int) -> int:
+    return 1
+
+
 async def consume(connection: AbstractConnection, catcher: Catcher) -> tuple[Inbox, "asyncio.Task[None]"]:
-    inbox = Inbox(catcher, wanted=Record(1, STORE), worker="w", prefetch=10, clock=SteadyClock())
+    inbox = Inbox(catcher, epochs, wanted=agreed(1), worker="w", clock=SteadyClock())
     task = asyncio.create_task(inbox.session(connection))
     async with asyncio.timeout(10):
         await inbox.ready.wait()

@@ -81,7 +81,7 @@ class Brokers:
 @contextmanager
 def rabbitmq4() -> Iterator[OwnedBroker]:
     """RabbitMQ 4 in a container of this test run."""
-    broker = _TestContainer()
+    broker = OwnContainer()
     try:
         broker.start()
         yield broker
@@ -89,7 +89,9 @@ def rabbitmq4() -> Iterator[OwnedBroker]:
         broker.remove()
 
 
-class _TestContainer(OwnedBroker):
+class OwnContainer(OwnedBroker):
+    """A container by testcontainers."""
+
     def __init__(self) -> None:
         port = free_port()
         super().__init__("docker", f"amqp://guest:guest@127.0.0.1:{port}/")

@@ -150,7 +150,6 @@ class Inbox:
         *,
         wanted: Record,
         worker: str,
-        prefetch: int,
         clock: Clock,
     ) -> None:
         self.ready = asyncio.Event()
@@ -158,7 +157,6 @@ class Inbox:
         self._raise_epoch = raise_epoch
         self._wanted = wanted
         self._worker = worker
-        self._prefetch = prefetch
         self._clock = clock
         self._tenures: dict[int, ChannelTenure] = {}
 
@@ -211,9 +209,9 @@ class Inbox:
     async def _join(self, connection: AbstractConnection, partition: int, lose: Callable[[str], None]) -> None:
         queue = routes.partition_queue(partition)
         outer = await connection.channel(publisher_confirms=False)
-        await outer.set_qos(self._prefetch)
+        await outer.set_qos(self._wanted.prefetch)
         channel = await outer.get_underlay_channel()
-        tenure = self._tenures[partition] = ChannelTenure(partition, outer, self._raise_epoch, self._prefetch)
+        tenure = self._tenures[partition] = ChannelTenure(partition, outer, self._raise_epoch, self._wanted.prefetch)
 
         def lose_channel(what: str) -> None:
             if tenure.open:
