@@ -67,6 +67,7 @@ async def run(settings: Settings) -> None:
         )
         wanted = Record(settings.partitions, await store.identity())
         inbox = Inbox(lanes, ledger.raise_epoch, wanted=wanted, worker=name, prefetch=settings.prefetch, clock=clock)
+        lanes.tenure_of = inbox.tenure_of
         checks = {"consuming": inbox.ready.is_set, "publishing": outbox.ready.is_set}
         health = await stack.enter_async_context(Health(settings.ops_host, settings.ops_port, checks))
         url = settings.amqp_url.get_secret_value()

@@ -139,6 +139,9 @@ class Ledger(Protocol):
     async def recall(self, conversation_id: str) -> Memory:
         """What is known of the conversation, but for its ended commands; those are looked up as they come."""
 
+    async def partition_of(self, conversation_id: str) -> int | None:
+        """Where the conversation's commands came from last."""
+
     async def known(self, conversation_id: str, message_ids: Sequence[str]) -> dict[str, Ended]:
         """Which of these commands have ended, and how."""
 

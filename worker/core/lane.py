@@ -9,7 +9,7 @@ A lane is driven in a loop by whoever owns it (`flow.runner`):
     head of the book      next hands out             done leads to
     speak                 Open, if no session;       accepted | again later | failed, with its turn
                           Say(piece)
-    interrupt             CallInterrupt              interrupt.done
+    interrupt             nothing: it acts when seen
     session.start         Close, if another avatar;  session.ready | again later | session.failed
                           Open; InitClient
     session.attach        Close, Attach              session.ready
@@ -23,14 +23,17 @@ What must outlive the lane is `memory`.
 from typing import assert_never
 
 from schemas.commands import Interrupt, SessionAttach, SessionEnd, SessionStart, Speak
-from worker.core import verdict
 from worker.core.book import Book
+from worker.core.interrupts import Interrupts
 from worker.core.model import CallKind, CallResult, Entry, Session, Viewer
 from worker.core.retry import Attempts
 from worker.core.session_plan import SessionPlan
 from worker.core.speech import Speech
 from worker.core.verdict import Conclusion
 from worker.core.work import Attach, Call, CallInterrupt, InitClient, Open, Rules, Say, Step, Wait, Work
+
+INTERRUPT_S = 5.0
+"""Longer than the API is given to answer an interrupt; the answer ends the wait."""
 
 
 class Lane:
@@ -42,7 +45,7 @@ class Lane:
         self._attempts = Attempts()
         self._speech = Speech(self._book, rules, self._attempts)
         self._sessions = SessionPlan(self._book, rules, self._attempts, self._speech)
-        self._silenced: dict[Entry, dict[str, int]] = {}
+        self._interrupts = Interrupts(self._book, self._speech, rules.max_age_s)
         self._calling = False
 
     def __len__(self) -> int:
@@ -55,13 +58,25 @@ class Lane:
         self._speech.doubt()
 
     def offer(self, entry: Entry, now: float) -> tuple[Conclusion, ...]:
-        """Queue a command; returns what ends by its mere coming."""
-        if isinstance(entry.command, Interrupt) and not self._acted(entry):
+        """Queue a command; returns what ends by its mere coming. Interrupts act: see `take_interrupts`."""
+        if isinstance(entry.command, Interrupt):
             spared = self._in_call() if self._calling else ()
-            self._silenced[entry] = self._speech.silence(entry, entry.command.turn_id, now, spared)
-            if not spared and self._speech.outdated(now):
-                self._speech.drop()
-        self._book.add(entry)
+            self._interrupts.see(entry, now, spared=spared, has_session=self._sessions.session is not None)
+        else:
+            if isinstance(entry.command, Speak):
+                self._interrupts.meet(entry, now)
+            self._book.add(entry)
+        return self._book.take()
+
+    def take_interrupts(self) -> list[Entry]:
+        """The interrupts to tell the API of now, beside any call that is under way; `interrupted` says how it went."""
+        return self._interrupts.take_calls()
+
+    def interrupted(self, entry: Entry, result: CallResult | None, now: float) -> tuple[Conclusion, ...]:
+        """The API was told of the interrupt; None: the session had ended meanwhile."""
+        self._interrupts.done(entry, result, now, has_session=result is not None)
+        if result is not None and result.kind is CallKind.GONE:
+            self._sessions.lose()
         return self._book.take()
 
     def next(self, now: float, hold_until: float = 0.0) -> Step:
@@ -72,6 +87,8 @@ class Lane:
             free_at = max(self._attempts.busy_until, hold_until)
             if free_at > now:
                 work = Wait(free_at)
+            elif self._interrupts.calling:
+                work = Wait(now + INTERRUPT_S)
             else:
                 self._calling = True
                 self._attempts.begin(now)
@@ -97,6 +114,8 @@ class Lane:
             case Say():
                 if result.kind is CallKind.GONE:
                     self._sessions.lose()
+                # What was under way when an interrupt came may have been taken after it.
+                self._interrupts.tell_again = self._book.memory.is_silent(work.piece.turn_id)
                 self._speech.said(result, now, jitter)
             case Open():
                 self._sessions.opened(result, got if isinstance(got, Session) else None, now, jitter)
@@ -105,22 +124,27 @@ class Lane:
             case InitClient():
                 self._sessions.initialised(result, got if isinstance(got, Viewer) else None, now, jitter)
             case CallInterrupt():
-                self._end_interrupt(self._book.head, result, now)
+                self._interrupts.tell_again = False
                 if result.kind is CallKind.GONE:
                     self._sessions.lose()
+                self._attempts.rest()
             case _:
                 self._sessions.closed(result, now, jitter)
         return self._book.take()
 
     def _plan(self, now: float) -> Work | None:
         """Work down the book until something has to be done, or waited for."""
+        if self._interrupts.tell_again and self._sessions.session:
+            return CallInterrupt()
         while len(self._book):
             if self._attempts.not_before > now and not self._speech.outdated(now):
                 return Wait(self._attempts.not_before)
             head = self._book.head
             if self._book.known(head) and self._speech.piece is None:
-                self._silenced.pop(head, None)
-                self._book.repeat(head, self._sessions.session)
+                if self._interrupts.was_told(head):
+                    self._book.leave(head)
+                else:
+                    self._book.repeat(head, self._sessions.session)
                 continue
             work = self._plan_head(head, now)
             if work is not None:
@@ -134,12 +158,8 @@ class Lane:
                 if piece is None or isinstance(piece, Wait):
                     return piece
                 return Say(piece) if self._sessions.session else self._sessions.plan_for_speech(now)
-            case Interrupt(turn_id=wanted):
-                heard_last = self._book.memory.heard_last
-                if self._sessions.session and (wanted is None or not heard_last or wanted in heard_last):
-                    return CallInterrupt()
-                self._end_interrupt(head, None, now)
-                return None
+            case Interrupt():
+                return Wait(now + INTERRUPT_S)  # It ends when the API has answered; its call is under way.
             case SessionStart() as start:
                 return self._sessions.plan_start(head, start, now)
             case SessionAttach() as attach:
@@ -148,22 +168,6 @@ class Lane:
                 return self._sessions.plan_end(head, now)
             case _ as unreachable:
                 assert_never(unreachable)
-
-    def _end_interrupt(self, entry: Entry, result: CallResult | None, now: float) -> None:
-        silenced = self._silenced.pop(entry, {})
-        if result is not None and result.kind is CallKind.OK:
-            self._book.memory.playing_until = now
-        # Without a session nothing can have been silenced but what was waiting for one.
-        turn_ids = [turn_id for turn_id, lost in silenced.items() if lost or self._sessions.session]
-        latency_ms = verdict.milliseconds(now - entry.born)
-        conversation_id = self._book.conversation_id
-        done = verdict.interrupt_done(conversation_id, entry, turn_ids, latency_ms=latency_ms, result=result)
-        self._book.end([done], now)
-        self._attempts.rest()
-
-    def _acted(self, interrupt: Entry) -> bool:
-        """Whether this interrupt, delivered before, has silenced already; it must not silence what came after it."""
-        return self._book.known(interrupt) or any(entry.key == interrupt.key for entry in self._silenced)
 
     def _in_call(self) -> tuple[Entry, ...]:
         """The entries whose fate hangs on a call that is under way, or may have had its effect."""

@@ -77,7 +77,9 @@ class State:
 
     `number` counts attempts, so that an outcome that comes late cannot undo what came after. `spoken`: characters of a
     chunk that left in earlier pieces, by entry key. `playing_until`: when, by estimate, the avatar falls silent.
-    `heard_last`: the turn whose text the API took last, with those whose text it may have taken since.
+    `heard_last`: the turn whose text the API took last, with those whose text it may have taken since. `fences`: the
+    interrupts whose express copy has acted and whose ordered copy is still to come, and since when. `partition`: where
+    the conversation's commands came from last.
     """
 
     number: int = 0
@@ -85,6 +87,8 @@ class State:
     spoken: Mapping[str, int] = field(default_factory=dict)
     playing_until: float = 0.0
     heard_last: frozenset[str] = frozenset()
+    fences: Mapping[str, float] = field(default_factory=dict)
+    partition: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

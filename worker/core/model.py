@@ -20,7 +20,8 @@ class Entry:
     """One delivered command. Two entries are the same only if they are the same delivery.
 
     `key` names the command in event ids: its `message_id`, or something random where it has none. `born` is where its
-    age counts from. `delivery` is the broker's side of it, which the core only passes on.
+    age counts from. `delivery` is the broker's side of it, which the core only passes on. `express`: the copy of an
+    interrupt that overtakes; it is not queued.
     """
 
     command: Command
@@ -32,6 +33,7 @@ class Entry:
     redelivered: bool = False
     traceparent: str | None = None
     reply_to: ReplyTo | None = None
+    express: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -90,6 +90,16 @@ class Desk:
             )
         return result, got
 
+    async def interrupt(self, conversation_id: str) -> CallResult:
+        """Tell the API at once, whoever holds the line: it is harmless, and late it is useless."""
+        lease = self.leases.get(conversation_id)
+        if lease is None:
+            return CallResult(CallKind.STALE)
+        result = await self.api.interrupt(lease.held.session)
+        if result.kind is CallKind.GONE:
+            await self.drop(conversation_id)
+        return result
+
     async def _call(self, conversation_id: str, call: Call) -> tuple[CallResult, Session | Viewer | None]:
         match call:
             case Open():

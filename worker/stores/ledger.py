@@ -75,6 +75,14 @@ class SqlLedger:
         return Memory(_state(row.state), known, version=row.version)
 
     @to_the_end
+    async def partition_of(self, conversation_id: str) -> int | None:
+        """Read from the state."""
+        query = sa.select(conversations.c.state).where(conversations.c.conversation_id == conversation_id)
+        async with self._database.reading() as connection:
+            state = (await connection.execute(query)).scalar_one_or_none()
+        return None if state is None else _state(state).partition
+
+    @to_the_end
     async def known(self, conversation_id: str, message_ids: Sequence[str]) -> dict[str, Ended]:
         """One look-up for all."""
         wanted = sa.and_(commands.c.conversation_id == conversation_id, commands.c.message_id.in_(message_ids))
