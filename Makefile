@@ -6,7 +6,7 @@ ARGS ?=
 RUN := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint lock clean
+.PHONY: help setup demo test chaos lint lock clean
 
 help: # The list.
 	@awk -F ': [a-z ]*## ' '/^[a-z]+: [a-z ]*## / { printf "  make %-6s  %s\n", $$1, $$2 }' Makefile
@@ -16,6 +16,9 @@ demo: setup ## See it: RabbitMQ, simulator, worker and a chatbot, set up and run
 
 test: setup ## The whole test suite, on a RabbitMQ of its own
 	@$(RUN) -m pytest $(ARGS)
+
+chaos: setup ## Break everything at random for a minute or two, and see that every promise is kept
+	@$(RUN) -m tests.chaos $(ARGS)
 
 lint: setup ## Style, types, licences
 	@$(RUN) -m ruff check

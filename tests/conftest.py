@@ -1,19 +1,16 @@
 """The broker that tests run on, empty before each of them.
 
-A test that asks for `amqp_url`, `broker` or `owned_broker` runs once per RabbitMQ of this machine (`brokers.kinds`). It
+A test that asks for `amqp_url`, `broker` or `owned_broker` runs once per RabbitMQ of this machine (`brokers.kinds`), or
+on the first of them if it is marked `one_broker`. It
 cannot be skipped: where no broker is to be had, it fails.
 """
 
 from collections.abc import Iterator
 
-import aio_pika
 import pytest
 
 from tests.support import brokers
 from worker.local.broker import Broker, OwnedBroker, own_broker
-
-_EXCHANGES = ("avatar.commands", "avatar.commands.v1.hash", "avatar.interrupts", "avatar.events", "avatar.dead")
-_QUEUES = ("avatar.parked", "avatar.dead", "avatar.topology", *(f"avatar.commands.v1.p{n:02}" for n in range(100)))
 
 _BROKERS = pytest.StashKey[brokers.Brokers]()
 
@@ -31,9 +28,12 @@ def pytest_report_header() -> str:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "broker" in metafunc.fixturenames:
+        kinds = brokers.kinds()
+        if metafunc.definition.get_closest_marker("one_broker"):
+            kinds = kinds[:1]
         marks = {brokers.FOUR: [pytest.mark.rabbitmq4]}
-        kinds = [pytest.param(kind, id=kind, marks=marks.get(kind, [])) for kind in brokers.kinds()]
-        metafunc.parametrize("broker", kinds, indirect=True, scope="session")
+        params = [pytest.param(kind, id=kind, marks=marks.get(kind, [])) for kind in kinds]
+        metafunc.parametrize("broker", params, indirect=True, scope="session")
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
@@ -56,12 +56,7 @@ def broker(request: pytest.FixtureRequest) -> Broker:
 @pytest.fixture
 async def wipe(broker: Broker) -> None:
     """Deletes the queues and exchanges of the contract, whatever a test before left of them."""
-    connection = await aio_pika.connect(broker.url)
-    async with connection, connection.channel() as channel:
-        for queue in _QUEUES:
-            await channel.queue_delete(queue)
-        for exchange in _EXCHANGES:
-            await channel.exchange_delete(exchange)
+    await brokers.wipe(broker.url)
 
 
 @pytest.fixture

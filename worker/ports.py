@@ -137,7 +137,7 @@ class Ledger(Protocol):
     """
 
     async def recall(self, conversation_id: str) -> Memory:
-        """What is known of the conversation, but for its ended commands; those are looked up as they come."""
+        """What is known of the conversation, after all writes asked for here; not how its commands ended."""
 
     async def partition_of(self, conversation_id: str) -> int | None:
         """Where the conversation's commands came from last."""
@@ -151,8 +151,8 @@ class Ledger(Protocol):
     def record(self, conversation_id: str, changes: Changes, *, outcome: bool) -> Awaitable[Grant]:
         """Write what has happened; if that is not granted, nothing is written, and what happens is another's to say.
 
-        An `outcome` is a fact, and is written as long as its attempt is the newest, whoever owns the partition;
-        anything else only if nobody else has written meanwhile.
+        The `outcome` of an attempt is a fact, and is written whoever owns the partition, as long as nobody has tried
+        again or decided without it; anything else only if nobody else has written meanwhile.
         """
 
     async def raise_epoch(self, partition: int) -> int:

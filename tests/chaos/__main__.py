@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import logging
 import sys
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -21,6 +22,8 @@ _SHOWN = 8
 def main() -> int:
     """0: every run kept every promise. 1: one did not."""
     options = _parser().parse_args()
+    # Producers and listener lose their connections as often as the broker is restarted, and aiormq is upset each time.
+    logging.getLogger("aiormq").setLevel(logging.CRITICAL)
     good = True
     with _broker(options.broker) as broker:
         for seed in options.seed:
@@ -78,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--conversations", type=int, default=30)
     parser.add_argument("--rate", type=float, default=60, help="chunks a second over all (%(default)s)")
     parser.add_argument("--latency-ms", type=float, default=60, help="of the Avatar API (%(default)s)")
-    parser.add_argument("--keep", type=Path, help="folder for logs, transcript and events")
+    parser.add_argument("--keep", type=Path, help="folder for logs, transcript and events; emptied first")
     parser.add_argument("--short", action="store_true", help="demand few faults")
     return parser
 

@@ -6,7 +6,6 @@ import random
 import signal
 import sqlite3
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -22,6 +21,10 @@ from worker.local.broker import OwnedBroker
 
 HEARTBEAT_S = 2
 HOLE_S = 10.0
+STOP_S = (4.5 * HEARTBEAT_S, 6.0 * HEARTBEAT_S)
+"""How long a stopped worker sleeps: longer than the broker waits for its heartbeats."""
+DISMISSED_WITHIN_S = 40.0
+"""More than DRAIN_TIMEOUT_S."""
 
 
 class Fault(StrEnum):
@@ -50,7 +53,7 @@ FULL = Demand(
     {Fault.KILL: 8, Fault.TERM: 2, Fault.STOP: 2, Fault.RESTART: 1, Fault.CUT: 2, Fault.HOLE: 1},
     dropped=0.005,
 )
-SHORT = Demand(15.0, {Fault.KILL: 3, Fault.STOP: 1, Fault.CUT: 1}, dropped=0.0)
+SHORT = Demand(12.0, {Fault.KILL: 2, Fault.STOP: 1, Fault.CUT: 1}, dropped=0.0)
 
 
 def api_faults(seed: int) -> list[dict[str, Any]]:
@@ -109,6 +112,7 @@ class Saboteur:
         self,
         seed: int,
         workers: Sequence[Worker],
+        *,
         broker: OwnedBroker | None,
         simulator: Simulator,
         listener: Listener,
@@ -117,8 +121,7 @@ class Saboteur:
         tell: Callable[[str], None],
     ) -> None:
         self.happened: list[Happened] = []
-        self.exit_codes: Counter[int] = Counter()
-        self.gave_up: list[str] = []
+        self.ended_badly: list[str] = []
         self._dice = random.Random(seed)
         self._workers = workers
         self._broker = broker
@@ -169,9 +172,7 @@ class Saboteur:
                 case Fault.STOP:
                     await self._stop(victim)
                 case Fault.CUT:
-                    note = self._note(fault, victim.name)
-                    victim.proxy.cut()
-                    await self._watch_intents(note, 1.0)
+                    await self._cut(victim)
                 case Fault.HOLE:
                     await self._black_hole(victim)
             await self._recover(victim)
@@ -183,7 +184,7 @@ class Saboteur:
         while not await worker.ready(self._http):
             if worker.runs:
                 raise worker.fail("was not ready in time")
-            self.gave_up.append(str(worker.fail("ended by itself")))
+            self.ended_badly.append(str(worker.fail("ended by itself")))
             self._tell(f"{worker.name} ended by itself")
             await worker.start()
 
@@ -203,28 +204,42 @@ class Saboteur:
         note = self._note(Fault.KILL, victim.name)
         victim.send(signal.SIGKILL)
         self._end(note)
-        self.exit_codes[await victim.ended(10)] += 1
+        await victim.ended(10)
         note.intents |= self._intents()
         await asyncio.sleep(self._dice.choice((0, 0, 0.5, 2)))
         await victim.start()
 
     async def _terminate(self, victim: Worker) -> None:
         note = self._note(Fault.TERM, victim.name)
-        victim.send(signal.SIGTERM)
-        code = await victim.ended(40)
+        await self.dismiss(victim)
         self._end(note)
-        self.exit_codes[code] += 1
-        if code:
-            self._tell(f"{victim.name} ended with {code} after SIGTERM")
         await victim.start()
+
+    async def dismiss(self, worker: Worker) -> None:
+        """SIGTERM, and it is to end by itself, with exit code 0."""
+        worker.send(signal.SIGTERM)
+        code = await worker.ended(DISMISSED_WITHIN_S)
+        if code:
+            self.ended_badly.append(str(worker.fail(f"ended with {code} after SIGTERM")))
+            self._tell(f"{worker.name} ended with {code} after SIGTERM")
 
     async def _stop(self, victim: Worker) -> None:
         note = self._note(Fault.STOP, victim.name)
         victim.send(signal.SIGSTOP)
         note.intents |= self._intents()
-        await asyncio.sleep(self._dice.uniform(4.5, 6) * HEARTBEAT_S)
+        await asyncio.sleep(self._dice.uniform(*STOP_S))
         victim.send(signal.SIGCONT)
         self._end(note)
+
+    async def _cut(self, victim: Worker) -> None:
+        """Every second time only one of its two connections."""
+        while not (links := victim.proxy.links):  # noqa: ASYNC110 - nobody signals it
+            await asyncio.sleep(0.02)
+        number = self._dice.choice((None, self._dice.randrange(links)))
+        which = "" if number is None else f" ({number + 1} of {links} connections)"
+        note = self._note(Fault.CUT, victim.name + which)
+        victim.proxy.cut(number)
+        await self._watch_intents(note, 1.0)
 
     async def _black_hole(self, victim: Worker) -> None:
         note = self._note(Fault.HOLE, victim.name)

@@ -25,6 +25,8 @@ class Evidence:
     parked: Sequence[str]
     left: Mapping[str, int]
     hits: int
+    seconds: float
+    """How long the faults went on."""
 
 
 @dataclass(slots=True)
@@ -113,7 +115,7 @@ def _accepted(arrivals: Iterable[Arrival]) -> dict[tuple[str, str], list[dict[st
 def _lost(evidence: Evidence) -> Iterator[str]:
     for command in evidence.commands:
         if not evidence.ended.get(command.message_id):
-            yield f"{command.conversation} n{command.number} {command.message_id}: no event, confirmed {command.confirmed:.3f}"
+            yield f"{command.conversation} n{command.number} {command.message_id}: no event"
 
 
 def _ended_twice(evidence: Evidence) -> Iterator[str]:
@@ -128,7 +130,8 @@ def _brief(event: dict[str, Any]) -> str:
     data = event["data"]
     said = data.get("reason") or data.get("text", "")[:40]
     flag = " possibleDuplicate" if data.get("possibleDuplicate") else ""
-    return f"{event['type'].removeprefix('avatar.')}({said}{flag}) by {event['worker']} at {event['time']} id {event['id'][:8]}"
+    what = f"{event['type'].removeprefix('avatar.')}({said}{flag})"
+    return f"{what} by {event['worker']} at {event['time']} id {event['id'][:8]}"
 
 
 def _not_as_told(
@@ -220,6 +223,8 @@ def _parked_wrongly(evidence: Evidence) -> Iterator[str]:
 
 
 def _too_few(evidence: Evidence, demand: Demand, heard: Mapping[str, list[_Call]]) -> Iterator[str]:
+    if evidence.seconds < demand.seconds:
+        yield f"seconds of faults: {evidence.seconds:.0f} of {demand.seconds:.0f}"
     counts = Counter(one.fault for one in evidence.happened)
     counts[Fault.KILL] = evidence.hits
     for fault, wanted in demand.counts.items():
@@ -231,7 +236,8 @@ def _too_few(evidence: Evidence, demand: Demand, heard: Mapping[str, list[_Call]
 
 def _dropped(heard: Mapping[str, list[_Call]]) -> float:
     calls = [call for all_ in heard.values() for call in all_]
-    return sum(call.raw["fault"] == "drop after" for call in calls) / max(1, len(calls))
+    dropped = [call for call in calls if call.raw["fault"] == "drop after"]
+    return len(dropped) / max(1, len(calls))
 
 
 def _figures(

@@ -19,7 +19,7 @@ class Proxy:
         self._target = target
         self._forwarding = asyncio.Event()
         self._forwarding.set()
-        self._writers: set[asyncio.StreamWriter] = set()
+        self._links: list[tuple[asyncio.StreamWriter, asyncio.StreamWriter]] = []
         self._pumps: set[asyncio.Task[None]] = set()
 
     @asynccontextmanager
@@ -35,11 +35,16 @@ class Proxy:
                 task.cancel()
             await asyncio.gather(*self._pumps, return_exceptions=True)
 
-    def cut(self) -> int:
-        """Reset every connection, on both sides; returns how many sides there were."""
-        for writer in self._writers:
-            _reset(writer)
-        return len(self._writers)
+    @property
+    def links(self) -> int:
+        """How many connections lead through it."""
+        return len(self._links)
+
+    def cut(self, number: int | None = None) -> None:
+        """Reset one connection, on both sides, or all: a worker has one to consume and one to publish."""
+        for link in self._links[:] if number is None else [self._links[number]]:
+            for writer in link:
+                _reset(writer)
 
     async def black_hole(self, seconds: float) -> None:
         """Swallow everything, new connections too, without closing anything; what was held back then goes on."""
@@ -50,21 +55,25 @@ class Proxy:
             self._forwarding.set()
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._writers.add(writer)
         try:
             await self._forwarding.wait()
             far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._target)
         except OSError:
-            self._writers.discard(writer)
             _reset(writer)
             return
-        self._writers.add(far_writer)
+        link = (writer, far_writer)
+        self._links.append(link)
         for source, sink in ((reader, far_writer), (far_reader, writer)):
-            task = asyncio.create_task(self._pump(source, sink))
+            task = asyncio.create_task(self._pump(source, sink, link))
             self._pumps.add(task)
             task.add_done_callback(self._pumps.discard)
 
-    async def _pump(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+    async def _pump(
+        self,
+        source: asyncio.StreamReader,
+        sink: asyncio.StreamWriter,
+        link: tuple[asyncio.StreamWriter, asyncio.StreamWriter],
+    ) -> None:
         try:
             # RuntimeError: uvloop's word for a transport that the other pump, or a cut, has closed.
             with contextlib.suppress(OSError, RuntimeError):
@@ -74,7 +83,8 @@ class Proxy:
                     await sink.drain()
             await self._forwarding.wait()
         finally:
-            self._writers.discard(sink)
+            if link in self._links:
+                self._links.remove(link)
             sink.close()
 
 

@@ -2,10 +2,11 @@
 
 import asyncio
 import json
+import shutil
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -15,11 +16,12 @@ import aiohttp
 
 from schemas import routes
 from tests.chaos import faults, judge
-from tests.chaos.faults import Demand, Fault, Saboteur
+from tests.chaos.faults import Demand, Saboteur
 from tests.chaos.fleet import Simulator, Worker, running
 from tests.chaos.judge import Evidence, Verdict
 from tests.chaos.proxy import Proxy
 from tests.chaos.traffic import Listener, Producers
+from tests.support import brokers
 from worker.local.broker import Broker, OwnedBroker
 
 PARTITIONS = 8
@@ -29,7 +31,7 @@ _QUIET_S = 120.0
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How hard. `rate` in chunks a second, over all conversations."""
+    """How hard. `rate` in chunks a second, over all conversations. `keep`: a folder for logs, transcript and events."""
 
     seed: int
     seconds: float
@@ -37,15 +39,40 @@ class Options:
     rate: float = 60.0
     latency_ms: float = 60.0
     keep: Path | None = None
-    """A folder for logs, transcript and events; default: a temporary one."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Stage:
+    """Who plays."""
+
+    broker: Broker
+    http: aiohttp.ClientSession
+    simulator: Simulator
+    workers: list[Worker]
+    listener: Listener
+    ledger: Path
 
 
 async def run(broker: Broker, options: Options, demand: Demand, tell: Callable[[str], None]) -> Verdict:
     """Wipes the broker first."""
-    await wipe(broker.url)
+    await brokers.wipe(broker.url, also=[Listener.QUEUE])
     async with AsyncExitStack() as stack:
         folder = options.keep or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="avatar-chaos-")))
-        folder.mkdir(parents=True, exist_ok=True)
+        stage = await stack.enter_async_context(_stage(broker, options, folder))
+        begun = time.monotonic()
+
+        def note(what: str) -> None:
+            tell(f"  {time.monotonic() - begun:6.1f} s  {what}")
+
+        return await _play(stage, options, demand, note)
+
+
+@asynccontextmanager
+async def _stage(broker: Broker, options: Options, folder: Path) -> AsyncIterator[_Stage]:
+    """Simulator, listener and workers, all at work."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    async with AsyncExitStack() as stack:
         http = await stack.enter_async_context(aiohttp.ClientSession())
         simulator = Simulator(folder, http, options.latency_ms)
         await stack.enter_async_context(running(simulator))
@@ -68,65 +95,70 @@ async def run(broker: Broker, options: Options, demand: Demand, tell: Callable[[
             worker = Worker(f"w{number}", folder, proxy, broker.url, settings)
             await stack.enter_async_context(running(worker))
             workers.append(worker)
-        listener = Listener(broker.url)
-        listening = await stack.enter_async_context(_task(listener.run()))
-        await listener.listening.wait()
         for worker in workers:
             if not await worker.ready(http):
                 raise worker.fail("was not ready in time")
-        producers = Producers(broker.url, options.seed, conversations=options.conversations, rate=options.rate)
-        owned = broker if isinstance(broker, OwnedBroker) else None
+        yield _Stage(broker, http, simulator, workers, Listener(broker.url), ledger)
+
+
+async def _play(stage: _Stage, options: Options, demand: Demand, note: Callable[[str], None]) -> Verdict:
+    producers = Producers(stage.broker.url, options.seed, conversations=options.conversations, rate=options.rate)
+    saboteur = Saboteur(
+        options.seed,
+        stage.workers,
+        broker=stage.broker if isinstance(stage.broker, OwnedBroker) else None,
+        simulator=stage.simulator,
+        listener=stage.listener,
+        ledger=stage.ledger,
+        http=stage.http,
+        tell=note,
+    )
+    # A producer or a listener that fails is no fault of the fleet: it ends the run.
+    async with asyncio.TaskGroup() as group:
+        listening = group.create_task(stage.listener.run())
+        await stage.listener.listening.wait()
+        await stage.simulator.control("POST", "faults", faults.api_faults(options.seed))
+        producing = group.create_task(producers.run())
         begun = time.monotonic()
-
-        def note(what: str) -> None:
-            tell(f"  {time.monotonic() - begun:6.1f} s  {what}")
-
-        saboteur = Saboteur(options.seed, workers, owned, simulator, listener, ledger, http, note)
-        await simulator.control("POST", "faults", faults.api_faults(options.seed))
-        producing = await stack.enter_async_context(_task(producers.run()))
         await saboteur.run(faults.plan(options.seed, demand, options.seconds), demand)
+        seconds = time.monotonic() - begun
         note("healed; waiting for the rest")
-        await simulator.control("DELETE", "faults")
+        await stage.simulator.control("DELETE", "faults")
         producers.stop()
         async with asyncio.timeout(_QUIET_S):
             await producing
-        quiet = await _quiet(producers, listener)
+        quiet = await _quiet(producers, stage.listener)
         note("quiet" if quiet else f"not quiet after {_QUIET_S:.0f} s")
-        for worker in workers:
-            await saboteur_end(worker, note)
-        await asyncio.sleep(0.5)
+        for worker in stage.workers:
+            await saboteur.dismiss(worker)
+        heard = len(stage.listener.arrivals)
         listening.cancel()
-        left = await _left(broker.url)
-        parked = await _parked(broker.url)
-        transcript = await simulator.control("GET", "transcript")
-        evidence = Evidence(
-            producers.commands,
-            listener.arrivals,
-            listener.ended,
-            transcript,
-            saboteur.happened,
-            parked,
-            left,
-            await saboteur.hits(),
-        )
-        if options.keep:
-            (folder / "transcript.json").write_text(json.dumps(transcript))
-            (folder / "events.json").write_text(json.dumps([(one.at, one.event) for one in listener.arrivals]))
-        verdict = judge.judge(evidence, demand)
-        verdict.broken["ended by themselves"] = saboteur.gave_up
-        verdict.figures["published again"] = dict(producers.resent)
-        verdict.figures["exit codes"] = dict(saboteur.exit_codes)
-        return verdict
+    verdict = judge.judge(await _evidence(stage, options.keep, producers, saboteur, seconds), demand)
+    verdict.figures["published again"] = dict(producers.resent)
+    verdict.broken["ended badly"] = saboteur.ended_badly
+    verdict.broken["not quiet"] = [] if quiet else [f"{heard} events, and still no end after {_QUIET_S:.0f} s"]
+    return verdict
 
 
-async def saboteur_end(worker: Worker, note: Callable[[str], None]) -> None:
-    """A last SIGTERM, in peace: exit code 0."""
-    import signal
-
-    worker.send(signal.SIGTERM)
-    code = await worker.ended(40)
-    if code:
-        note(f"{worker.name} ended with {code}")
+async def _evidence(
+    stage: _Stage, keep: Path | None, producers: Producers, saboteur: Saboteur, seconds: float
+) -> Evidence:
+    listener = stage.listener
+    transcript = await stage.simulator.control("GET", "transcript")
+    if keep:
+        (keep / "transcript.json").write_text(json.dumps(transcript))
+        (keep / "events.json").write_text(json.dumps([(one.at, one.event) for one in listener.arrivals]))
+    return Evidence(
+        commands=producers.commands,
+        arrivals=listener.arrivals,
+        ended=listener.ended,
+        transcript=transcript,
+        happened=saboteur.happened,
+        parked=await _parked(stage.broker.url),
+        left=await _left(stage.broker.url),
+        hits=await saboteur.hits(),
+        seconds=seconds,
+    )
 
 
 async def _quiet(producers: Producers, listener: Listener) -> bool:
@@ -140,22 +172,6 @@ async def _quiet(producers: Producers, listener: Listener) -> bool:
                 return True
         await asyncio.sleep(0.2)
     return False
-
-
-async def wipe(url: str) -> None:
-    """Delete what earlier runs left."""
-    connection = await aio_pika.connect(url)
-    async with connection, connection.channel() as channel:
-        for queue in (
-            Listener.QUEUE,
-            routes.PARKED,
-            routes.DEAD,
-            "avatar.topology",
-            *(routes.partition_queue(number) for number in range(routes.MAX_PARTITIONS)),
-        ):
-            await channel.queue_delete(queue)
-        for exchange in (routes.COMMANDS, "avatar.commands.v1.hash", routes.INTERRUPTS, routes.EVENTS, routes.DEAD):
-            await channel.exchange_delete(exchange)
 
 
 async def _left(url: str) -> dict[str, int]:
@@ -174,17 +190,3 @@ async def _parked(url: str) -> list[str]:
         while (message := await queue.get(fail=False)) is not None:
             found.append(message.message_id or "")
         return found
-
-
-@asynccontextmanager
-async def _task(work: object) -> AsyncIterator["asyncio.Task[None]"]:
-    task: asyncio.Task[None] = asyncio.create_task(work)  # type: ignore[arg-type]
-    try:
-        yield task
-    finally:
-        task.cancel()
-        with suppress(asyncio.CancelledError, Exception):
-            await task
-
-
-_ = Fault

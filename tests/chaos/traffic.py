@@ -10,15 +10,15 @@ import random
 import time
 import uuid
 from collections import Counter, deque
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import aio_pika
 from aio_pika.abc import AbstractChannel, AbstractConnection, AbstractIncomingMessage
-from aio_pika.exceptions import AMQPError
 
-_LOSSES = (AMQPError, OSError, TimeoutError, RuntimeError)
-"""RuntimeError: aiormq's of a closed channel."""
+from worker.amqp.link import LOSSES, connect, named_losses
+
 _CONFIRM_S = 10.0
 _PAUSE_S = 0.3
 
@@ -54,8 +54,8 @@ class _Peer:
     async def _connect(self) -> AbstractConnection:
         while True:
             try:
-                self._connection = await aio_pika.connect(self._url, timeout=5, heartbeat=5)
-            except _LOSSES:
+                self._connection = await connect(self._url, name="chaos", heartbeat_s=5)
+            except LOSSES:
                 await asyncio.sleep(_PAUSE_S)
             else:
                 return self._connection
@@ -63,11 +63,9 @@ class _Peer:
     async def close(self) -> None:
         """Close the connection."""
         if self._connection is not None:
-            try:
+            with suppress(*LOSSES), named_losses():
                 async with asyncio.timeout(5):
                     await self._connection.close()
-            except _LOSSES:
-                pass
 
 
 class Producers(_Peer):
@@ -138,9 +136,10 @@ class Producers(_Peer):
                 headers={"published-at-ms": born_ms},
             )
             try:
-                exchange = await channel.get_exchange("avatar.commands", ensure=False)
-                await exchange.publish(message, command.conversation, mandatory=True, timeout=_CONFIRM_S)
-            except _LOSSES:
+                with named_losses():
+                    exchange = await channel.get_exchange("avatar.commands", ensure=False)
+                    await exchange.publish(message, command.conversation, mandatory=True, timeout=_CONFIRM_S)
+            except LOSSES:
                 self.resent["unconfirmed"] += 1
                 if self._channel is channel:
                     self._channel = None
@@ -154,8 +153,9 @@ class Producers(_Peer):
                 await self.close()
                 try:
                     connection = await self._connect()
-                    self._channel = await connection.channel(publisher_confirms=True, on_return_raises=True)
-                except _LOSSES:
+                    with named_losses():
+                        self._channel = await connection.channel(publisher_confirms=True, on_return_raises=True)
+                except LOSSES:
                     await asyncio.sleep(_PAUSE_S)
             return self._channel
 
@@ -179,7 +179,7 @@ class Listener(_Peer):
             connection = await self._connect()
             lost = asyncio.Event()
             connection.close_callbacks.add(lambda *_, lost=lost: lost.set())
-            try:
+            with suppress(*LOSSES), named_losses():
                 channel = await connection.channel()
                 channel.close_callbacks.add(lambda *_, lost=lost: lost.set())
                 await channel.set_qos(500)
@@ -189,8 +189,6 @@ class Listener(_Peer):
                 await queue.consume(self._hear)
                 self.listening.set()
                 await lost.wait()
-            except _LOSSES:
-                pass
             await self.close()
             await asyncio.sleep(_PAUSE_S)
 
@@ -200,10 +198,8 @@ class Listener(_Peer):
         self._recent.append((arrival.at, arrival.event["worker"]))
         for message_id in arrival.event["data"].get("commandIds", ()):
             self.ended.setdefault(message_id, {}).setdefault(arrival.event["id"], arrival)
-        try:
+        with suppress(*LOSSES), named_losses():
             await message.ack()
-        except _LOSSES:
-            pass
 
     def speakers(self, within_s: float = 0.5) -> list[str]:
         """The workers that told something lately, the busiest first."""

@@ -7,18 +7,31 @@ from collections.abc import AsyncIterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Self
 
 import pytest
 
 from worker.core.model import Session, Viewer
 from worker.errors import ConfigurationError
 from worker.ports import Held, SessionStore
-from worker.stores.sql import SqlStore
+from worker.stores.database import Database
+from worker.stores.sessions import SqlSessions
 
 FULL = Session(
     "s1", "secret-token", "ann", "v1", 1.25, attached=True, viewer=Viewer("https://whep/ü", {"credential": "c", "n": 1})
 )
 BARE = Session("s2", "t2")
+
+
+class OpenedSessions(SqlSessions):
+    """A store with a database to itself."""
+
+    @classmethod
+    async def open(cls, url: str) -> Self:
+        return cls(await Database.open(url))
+
+    async def close(self) -> None:
+        await self._database.close()
 
 
 def held(conversation_id: str = "c1", session: Session = FULL, last_used: float = 100.0) -> Held:
@@ -27,7 +40,7 @@ def held(conversation_id: str = "c1", session: Session = FULL, last_used: float 
 
 @pytest.fixture(params=["memory", "file"])
 async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[SessionStore]:
-    one = await SqlStore.open("sqlite://" if request.param == "memory" else f"sqlite:///{tmp_path}/store.db")
+    one = await OpenedSessions.open("sqlite://" if request.param == "memory" else f"sqlite:///{tmp_path}/store.db")
     yield one
     await one.close()
 
@@ -35,7 +48,7 @@ async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator
 @pytest.fixture
 async def workers(tmp_path: Path) -> AsyncIterator[tuple[SessionStore, SessionStore]]:
     """Two stores on one file."""
-    one, two = await asyncio.gather(*(SqlStore.open(f"sqlite:///{tmp_path}/store.db") for _ in range(2)))
+    one, two = await asyncio.gather(*(OpenedSessions.open(f"sqlite:///{tmp_path}/store.db") for _ in range(2)))
     yield one, two
     await one.close()
     await two.close()
@@ -165,7 +178,7 @@ class TestSharedFile:
     async def test_a_fleet_may_start_all_at_once(self, tmp_path: Path) -> None:
         for round_ in range(3):
             url = f"sqlite:///{tmp_path}/{round_}.db"
-            stores = await asyncio.gather(*(SqlStore.open(url) for _ in range(16)))
+            stores = await asyncio.gather(*(OpenedSessions.open(url) for _ in range(16)))
             assert len({await store.identity() for store in stores}) == 1
             for store in stores:
                 await store.close()
@@ -175,7 +188,7 @@ class TestSharedFile:
         assert await one.identity() == await two.identity()
 
     async def test_another_file_has_another(self, workers: tuple[SessionStore, SessionStore], tmp_path: Path) -> None:
-        other = await SqlStore.open(f"sqlite:///{tmp_path}/other.db")
+        other = await OpenedSessions.open(f"sqlite:///{tmp_path}/other.db")
         assert await other.identity() != await workers[0].identity()
         await other.close()
 
@@ -183,17 +196,17 @@ class TestSharedFile:
 class TestFile:
     async def test_it_outlives_the_worker(self, tmp_path: Path) -> None:
         url = f"sqlite:///{tmp_path}/store.db"
-        before = await SqlStore.open(url)
+        before = await OpenedSessions.open(url)
         await before.put(held(), "w1", 200.0)
         identity = await before.identity()
         await before.close()
-        after = await SqlStore.open(url)
+        after = await OpenedSessions.open(url)
         assert await after.take("c1", "w2", 300.0) == held()
         assert await after.identity() == identity
         await after.close()
 
     async def test_only_its_owner_may_read_it(self, tmp_path: Path) -> None:
-        one = await SqlStore.open(f"sqlite:///{tmp_path}/store.db")
+        one = await OpenedSessions.open(f"sqlite:///{tmp_path}/store.db")
         await one.put(held(), "w1", 200.0)
         modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
         await one.close()
@@ -203,24 +216,24 @@ class TestFile:
     @pytest.mark.parametrize("name", ["no/such/folder/store.db", ""])
     async def test_a_place_that_cannot_be_used(self, tmp_path: Path, name: str) -> None:
         with pytest.raises(ConfigurationError, match="STORE_URL"):
-            await SqlStore.open(f"sqlite:///{tmp_path}/{name}")
+            await OpenedSessions.open(f"sqlite:///{tmp_path}/{name}")
 
     async def test_a_file_that_is_something_else(self, tmp_path: Path) -> None:
         (tmp_path / "store.db").write_text("a letter to a friend " * 100)
         with pytest.raises(ConfigurationError, match="STORE_URL"):
-            await SqlStore.open(f"sqlite:///{tmp_path}/store.db")
+            await OpenedSessions.open(f"sqlite:///{tmp_path}/store.db")
 
     async def test_a_file_of_a_newer_version(self, tmp_path: Path) -> None:
         url = f"sqlite:///{tmp_path}/store.db"
-        await (await SqlStore.open(url)).close()
+        await (await OpenedSessions.open(url)).close()
         with closing(sqlite3.connect(tmp_path / "store.db")) as connection:
             connection.execute("UPDATE facts SET value = '99' WHERE name = 'schema_version'")
             connection.commit()
         with pytest.raises(ConfigurationError, match="schema 99"):
-            await SqlStore.open(url)
+            await OpenedSessions.open(url)
 
     async def test_an_error_tells_no_secret(self, tmp_path: Path) -> None:
-        one = await SqlStore.open(f"sqlite:///{tmp_path}/store.db")
+        one = await OpenedSessions.open(f"sqlite:///{tmp_path}/store.db")
         with closing(sqlite3.connect(tmp_path / "store.db")) as connection:
             connection.execute("DROP TABLE sessions")
         with pytest.raises(Exception, match="no such table") as raised:
@@ -230,7 +243,7 @@ class TestFile:
 
 
 async def test_memory_is_not_shared_but_called_the_same() -> None:
-    one, two = await SqlStore.open("sqlite://"), await SqlStore.open("sqlite://")
+    one, two = await OpenedSessions.open("sqlite://"), await OpenedSessions.open("sqlite://")
     await one.put(held(), "w1", 200.0)
     assert await two.take("c1", "w1", 200.0) is None
     assert await one.identity() == await two.identity() == "memory"

@@ -255,16 +255,22 @@ class TestDeliveredAgain:
         talk = Conversation().offer(speak("t1", "a")).settle().offer(interrupt(message_id="i"))
         assert talk.next() == CallInterrupt()
         again = interrupt(message_id="i")
-        talk.forget().offer(again, speak("t1", "late"), speak("t2", "b")).done().settle()
+        talk.done().forget().offer(again, speak("t1", "late"), speak("t2", "b")).settle()
         assert talk.calls.count(CallInterrupt()) == 1
         assert talk.said[-1] == ("t2", "b", False)
         assert talk.ends(again) == ["interrupt.done"]
 
-    def test_one_that_was_dropped_acts_again_and_stays_in_its_place(self) -> None:
+    @pytest.mark.parametrize("acted", [False, True])
+    def test_one_that_was_dropped_stays_in_its_place_and_ends_as_if_it_had_not_been(self, acted: bool) -> None:
         talk = Conversation().offer(speak("t1", "a", message_id="m1"))
         talk.say()
-        talk.offer(interrupt(message_id="i"), speak("t2", "b", message_id="m2")).forget()
-        talk.offer(speak("t1", "a", message_id="m1"), interrupt(message_id="i"), speak("t2", "b", message_id="m2"))
-        talk.done().settle()
+        talk.done()
+        if acted:
+            talk.offer(speak("t1", "x", message_id="m2"), interrupt(message_id="i"), speak("t2", "b", message_id="m3"))
+        talk.forget()
+        talk.offer(speak("t1", "a", message_id="m1"), speak("t1", "x", message_id="m2"))
+        talk.offer(interrupt(message_id="i"), speak("t2", "b", message_id="m3")).settle()
         assert talk.said == [("t1", "a", False), ("t2", "b", False)]
-        assert talk.types.count("interrupt.done") == 1
+        (done,) = talk.of("interrupt.done")
+        assert done["turnIds"] == ["t1"]
+        assert talk.memory.state.silenced == {}

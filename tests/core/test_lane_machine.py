@@ -1,5 +1,11 @@
-"""Any commands, any outcomes, any time, connections lost at any moment: what a lane promises holds."""
+"""Any commands, any outcomes, any time, workers that die or lose their partition at any moment: the promise holds.
 
+The broker keeps what is not acknowledged, and delivers it again in order; the ledger keeps what was written; the API
+keeps what it has heard.
+"""
+
+import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,11 +24,14 @@ from tests.support.conversation import (
     STALE,
     UNKNOWN,
     Conversation,
+    Outdated,
     entry,
     wire,
 )
+from worker.core.lane import Lane
+from worker.core.memory import Memory
 from worker.core.model import CallKind, CallResult, Entry
-from worker.core.work import Attach, Open, Say, Wait
+from worker.core.work import Attach, Call, Open, Say, Wait
 
 _TURNS = st.sampled_from(["t1", "t2", "t3"])
 _OPEN = [OK, OK, NOT_TAKEN, UNKNOWN, REFUSED, DENIED, CallResult(CallKind.NOT_TAKEN, 429)]
@@ -41,6 +50,16 @@ class Published:
         return entry(self.message_id, born=self.born, delivery=self, redelivered=again, **self.body)
 
 
+@dataclass(frozen=True)
+class Zombie:
+    """A worker that lost its partition while it was calling."""
+
+    lane: Lane
+    memory: Memory
+    call: Call
+    now: float
+
+
 class LaneMachine(RuleBasedStateMachine):
     published = Bundle("published")
 
@@ -48,9 +67,13 @@ class LaneMachine(RuleBasedStateMachine):
         super().__init__()
         self.talk = Conversation()
         self.unacked: list[Published] = []
+        self.delivered: set[Entry] = set()
+        self.heard: list[str] = []
+        self.zombie: Zombie | None = None
         self.numbers = 0
-        self.heard: list[int] = []
+        self.begun = 0.0
         self.busy_until = 0.0
+        self.sure = 0
 
     @initialize(
         shaping=st.sampled_from(["sentences", "off"]),
@@ -67,8 +90,12 @@ class LaneMachine(RuleBasedStateMachine):
     def publish(self, message_id: str | None, body: dict[str, Any]) -> Published:
         message = Published(message_id, self.talk.now, body)
         self.unacked.append(message)
-        self.talk.offer(message.delivered())
+        self.deliver(message.delivered())
         return message
+
+    def deliver(self, one: Entry) -> None:
+        self.delivered.add(one)
+        self.careful(lambda: self.talk.offer(one))
 
     @rule(target=published, turn=_TURNS, final=st.booleans(), pad=st.sampled_from([0, 0, 0, 600, 1500]))
     def speak(self, turn: str, final: bool, pad: int) -> Published:
@@ -119,9 +146,13 @@ class LaneMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.talk.calling is None)
     @rule()
     def next(self) -> None:
+        self.careful(self.look)
+
+    def look(self) -> None:
         work = self.talk.next()
         if work is not None and not isinstance(work, Wait):
             assert self.talk.now >= self.busy_until, "a call whose answer was lost counts as running"
+            self.begun = self.talk.now
         if isinstance(work, Say):
             assert work.piece.text.strip()
             assert len(work.piece.text) <= 1000
@@ -130,16 +161,23 @@ class LaneMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def answer(self, data: st.DataObject) -> None:
         call = self.talk.calling
+        assert call is not None
+        result = self.result_of(call, data)
+        if result is UNKNOWN:
+            self.busy_until = self.begun + 2.0
+        self.careful(lambda: self.talk.done(result, jitter=data.draw(st.sampled_from([0.0, 0.5]))))
+
+    def result_of(self, call: Call, data: st.DataObject) -> CallResult:
+        """What a call comes to, and what the API has heard of it."""
         results = [OK] if isinstance(call, Attach) else _OPEN if isinstance(call, Open) else _ON_SESSION
         result = data.draw(st.sampled_from(results))
-        if result is UNKNOWN:
-            # The clock may have been put on since: later than needed is never wrong.
-            self.busy_until = max(self.busy_until, self.begun + 2.0)
-        self.talk.done(result, jitter=data.draw(st.sampled_from([0.0, 0.5])))
+        if result is OK or (result is UNKNOWN and data.draw(st.booleans())):
+            self.hear(call)
+        return result
 
-    @property
-    def begun(self) -> float:
-        return self.talk.lane._attempts.begun
+    def hear(self, call: Call) -> None:
+        if isinstance(call, Say):
+            self.heard.append(call.piece.text)
 
     @rule(seconds=st.sampled_from([0.1, 1.0, 2.0, 15.0]))
     def pass_time(self, seconds: float) -> None:
@@ -147,23 +185,75 @@ class LaneMachine(RuleBasedStateMachine):
 
     @rule()
     def acknowledge(self) -> None:
-        ended = {one.delivery for conclusion in self.talk.conclusions for one in conclusion.entries}
-        self.unacked = [message for message in self.unacked if message not in ended]
+        told = (one for conclusion in self.talk.conclusions for one in conclusion.entries)
+        acked = {one.delivery for one in told if one in self.delivered}
+        self.unacked = [message for message in self.unacked if message not in acked]
+        self.sure = len(self.talk.conclusions)
 
-    @rule()
-    def lose_connection(self) -> None:
+    # What goes wrong.
+
+    def careful(self, step: Callable[[], object]) -> None:
+        """A step whose writing the ledger may refuse: then nothing of it is told, and the conversation begun anew."""
+        try:
+            step()
+        except Outdated:
+            self.redeliver()
+
+    def redeliver(self) -> None:
+        """The lane is gone; another one begins, and what was not acknowledged comes to it."""
         self.talk.forget()
+        self.delivered = set()
         for message in self.unacked:
-            self.talk.offer(message.delivered(again=True))
+            self.deliver(message.delivered(again=True))
+
+    @rule(data=st.data())
+    def die(self, data: st.DataObject) -> None:
+        """A call under way has had its effect or not, the last ends may not have been told."""
+        if self.talk.calling is not None:
+            self.busy_until = self.begun + 2.0
+            if data.draw(st.booleans()):
+                self.hear(self.talk.calling)
+        del self.talk.conclusions[data.draw(st.integers(self.sure, len(self.talk.conclusions))) :]
+        self.redeliver()
 
     @precondition(lambda self: self.talk.calling is None)
     @rule()
-    def crash(self) -> None:
-        perhaps_said = self.talk.lane._speech.perhaps_said
-        if not perhaps_said:  # the flag is what a crash costs
-            session = self.talk.lane._sessions.session
-            self.talk.lane = self.talk.lane.rebuilt()
-            self.talk.lane.begin(session)
+    def die_before_writing(self) -> None:
+        self.talk.lane.next(self.talk.now)
+        self.redeliver()
+
+    @precondition(lambda self: self.talk.calling is not None)
+    @rule(data=st.data())
+    def die_before_writing_the_outcome(self, data: st.DataObject) -> None:
+        assert self.talk.calling is not None
+        result = self.result_of(self.talk.calling, data)
+        got = self.talk.brings(self.talk.calling) if result.kind is CallKind.OK else None
+        self.talk.lane.done(self.talk.calling, result, self.talk.now, got=got)
+        self.busy_until = self.begun + 2.0
+        self.redeliver()
+
+    @precondition(lambda self: self.talk.calling is not None)
+    @rule()
+    def lose_the_partition_while_calling(self) -> None:
+        assert self.talk.calling is not None
+        self.zombie = Zombie(self.talk.lane, self.talk.memory, self.talk.calling, self.talk.now)
+        self.busy_until = self.begun + 2.0
+        self.redeliver()
+
+    @precondition(lambda self: self.zombie is not None)
+    @rule(data=st.data())
+    def answer_to_the_zombie(self, data: st.DataObject) -> None:
+        """What it learns is written if nobody has tried again or decided without it, and told then."""
+        assert self.zombie is not None
+        lane, memory, call = self.zombie.lane, self.zombie.memory, self.zombie.call
+        self.zombie = None
+        result = self.result_of(call, data)
+        got = self.talk.brings(call) if result.kind is CallKind.OK else None
+        told = lane.done(call, result, self.talk.now, got=got)
+        changes = memory.take_changes()
+        assert changes is not None
+        if self.talk.written.write(changes, outcome=isinstance(call, Say)):
+            self.talk.conclusions += told
 
     # What holds at any time.
 
@@ -191,27 +281,57 @@ class LaneMachine(RuleBasedStateMachine):
 
     @invariant()
     def accepted_in_the_order_of_the_queue_and_once(self) -> None:
-        heard: list[int] = []
+        accepted: list[int] = []
         seen: set[str] = set()
         for event in self.talk.events:
             if event.type == "avatar.speech.accepted" and event.id("s") not in seen:
                 seen.add(event.id("s"))
-                heard += [int(part.split(">")[0]) for part in wire(event)["text"].split("<")[1:]]
-        assert heard == sorted(set(heard))
+                accepted += _numbers(wire(event)["text"])
+        assert accepted == sorted(set(accepted))
+
+    @invariant()
+    def heard_in_the_order_of_the_queue(self) -> None:
+        first = list(dict.fromkeys(number for text in self.heard for number in _numbers(text)))
+        assert first == sorted(first)
+
+    @invariant()
+    def nothing_is_repeated_but_as_it_was_said_and_flagged(self) -> None:
+        texts: dict[int, list[str]] = {}
+        for text in self.heard:
+            for number in _numbers(text):
+                texts.setdefault(number, []).append(text)
+        repeated = {number for number, said in texts.items() if len(said) > 1}
+        for number in repeated:
+            assert len({text for text in texts[number] if "no id" not in text}) <= 1, texts[number]
+        for event in self.talk.events:
+            if event.type == "avatar.speech.accepted" and repeated & set(_numbers(wire(event)["text"])):
+                assert wire(event).get("possibleDuplicate"), wire(event)
 
     def teardown(self) -> None:
         """When the API answers well again, everything ends and nothing is left."""
-        if self.talk.calling is not None:
-            self.talk.done()
-        self.talk.settle()
+        for _ in range(1000):
+            if self.talk.calling is not None:
+                self.hear(self.talk.calling)
+                self.careful(self.talk.done)
+            self.next()
+            if isinstance(work := self.talk.works[-1], Wait):
+                self.talk.now = max(self.talk.now, work.until)
+            elif work is None:
+                break
         assert len(self.talk.lane) == 0
         ended = {one.delivery for conclusion in self.talk.conclusions for one in conclusion.entries}
         assert ended >= set(self.unacked)
-        assert not self.talk.lane._silenced
+        state = self.talk.written.recall().state
+        assert (state.attempt, state.busy_until, state.spoken, state.silenced) == (None, 0.0, {}, {})
         self.one_event_id_a_command()
         self.one_delivery_ends_once()
         self.one_event_id_one_meaning()
         self.accepted_in_the_order_of_the_queue_and_once()
+        self.nothing_is_repeated_but_as_it_was_said_and_flagged()
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in re.findall(r"<(\d+)>", text)]
 
 
 TestLaneMachine = LaneMachine.TestCase

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from tests.flow.conftest import Flow
+from tests.flow.conftest import Fleet, Flow
 from tests.support.fakes import idle, until
 from worker.core.model import CallKind, CallResult, Session
 from worker.core.work import Attach, CallInterrupt, Close, InitClient, Open
@@ -16,10 +16,10 @@ STALE = CallResult(CallKind.STALE)
 
 
 async def test_one_call_at_a_time_per_conversation(flow: Flow) -> None:
-    await flow.desk.carry_out("c1", OPEN)
-    await flow.desk.carry_out("c2", OPEN)
+    await flow.call("c1", OPEN)
+    await flow.call("c2", OPEN)
     gate = flow.api.gates["interrupt"] = asyncio.Event()
-    calls = [asyncio.create_task(flow.desk.carry_out(name, CallInterrupt())) for name in ("c1", "c1", "c2")]
+    calls = [asyncio.create_task(flow.call(name, CallInterrupt())) for name in ("c1", "c1", "c2")]
     await idle()
     assert flow.api.verbs().count("interrupt") == 2, "one for each conversation"
     assert flow.desk.in_use("c1")
@@ -31,9 +31,9 @@ async def test_one_call_at_a_time_per_conversation(flow: Flow) -> None:
 
 
 async def test_a_caller_that_is_cancelled_frees_the_line(flow: Flow) -> None:
-    await flow.desk.carry_out("c1", OPEN)
+    await flow.call("c1", OPEN)
     gate = flow.api.gates["interrupt"] = asyncio.Event()
-    calls = [asyncio.create_task(flow.desk.carry_out("c1", CallInterrupt())) for _ in range(3)]
+    calls = [asyncio.create_task(flow.call("c1", CallInterrupt())) for _ in range(3)]
     await idle()
     calls[0].cancel()
     calls[1].cancel()
@@ -43,23 +43,39 @@ async def test_a_caller_that_is_cancelled_frees_the_line(flow: Flow) -> None:
     assert not flow.desk.in_use("c1")
 
 
+async def test_what_is_not_wanted_any_more_when_the_line_is_free_is_not_called(flow: Flow) -> None:
+    await flow.call("c1", OPEN)
+    gate = flow.api.gates["interrupt"] = asyncio.Event()
+    wanted = True
+    first = asyncio.create_task(flow.call("c1", CallInterrupt()))
+    second = asyncio.create_task(flow.desk.carry_out("c1", CallInterrupt(), lambda: wanted))
+    await idle()
+    wanted = False
+    gate.set()
+    await first
+    result, got = await second
+    assert (result.kind, result.local, got) == (CallKind.NOT_TAKEN, True, None)
+    assert flow.api.verbs().count("interrupt") == 1
+
+
 async def test_a_session_that_was_created_is_stored(flow: Flow) -> None:
-    result, session = await flow.desk.carry_out("c1", OPEN)
+    result, session = await flow.call("c1", OPEN)
     assert result.kind is CallKind.OK
     held, owner, _ = flow.store.rows["c1"]
     assert (held.session, owner, held.last_used) == (session, "w1", flow.clock())
 
 
 async def test_a_viewer_that_was_fetched_is_stored(flow: Flow) -> None:
-    await flow.desk.carry_out("c1", OPEN)
-    _, viewer = await flow.desk.carry_out("c1", InitClient())
+    await flow.call("c1", OPEN)
+    _, viewer = await flow.call("c1", InitClient())
     assert flow.store.rows["c1"][0].session.viewer == viewer
 
 
 async def test_attaching_calls_nobody_and_is_stored(flow: Flow) -> None:
     theirs = Session("theirs", "t", attached=True)
-    result, got = await flow.desk.carry_out("c1", Attach(theirs))
+    result, got = await flow.call("c1", Attach(theirs))
     assert (result.kind, got, flow.api.calls) == (CallKind.OK, theirs, [])
+    assert result.local, "it says nothing about the API"
     assert flow.store.rows["c1"][0].session == theirs
 
 
@@ -75,34 +91,33 @@ async def test_attaching_calls_nobody_and_is_stored(flow: Flow) -> None:
     ],
 )
 async def test_a_session_that_is_closed_is_let_go(flow: Flow, outcome: CallResult, last: bool, held: bool) -> None:
-    await flow.desk.carry_out("c1", OPEN)
+    await flow.call("c1", OPEN)
     flow.api.results["end"] = [outcome]
-    assert (await flow.desk.carry_out("c1", Close(last)))[0] is outcome
+    assert (await flow.call("c1", Close(last)))[0] is outcome
     assert ("c1" in flow.desk.leases, "c1" in flow.store.rows) == (held, held)
 
 
 async def test_a_session_that_is_gone_is_let_go(flow: Flow) -> None:
-    await flow.desk.carry_out("c1", OPEN)
+    await flow.call("c1", OPEN)
     flow.api.results["interrupt"] = [GONE]
-    await flow.desk.carry_out("c1", CallInterrupt())
+    await flow.call("c1", CallInterrupt())
     assert not flow.desk.leases
     assert not flow.store.rows
-    assert (await flow.desk.carry_out("c1", CallInterrupt()))[0] == STALE
+    assert (await flow.call("c1", CallInterrupt()))[0] == STALE
     assert flow.api.verbs().count("interrupt") == 1
 
 
-async def test_a_restarted_worker_goes_on_with_the_same_session() -> None:
-    before = Flow()
-    _, session = await before.desk.carry_out("c1", OPEN)
-    after = Flow(before.store, "w2")
+async def test_a_restarted_worker_goes_on_with_the_same_session(fleet: Fleet) -> None:
+    _, session = await fleet.join("w1").call("c1", OPEN)
+    after = fleet.join("w2")
     assert await after.desk.recall("c1") == session
     assert after.store.rows["c1"][1] == "w2"
-    await after.desk.carry_out("c1", CallInterrupt())
+    await after.call("c1", CallInterrupt())
     assert after.api.calls == [("interrupt", "s1", "")]
 
 
 async def test_recalling_is_no_success_of_a_call(flow: Flow) -> None:
-    await flow.desk.carry_out("c1", OPEN)
+    await flow.call("c1", OPEN)
     flow.desk.leases.clear()
     flow.clock.now += 9
     await flow.desk.recall("c1")
@@ -117,7 +132,7 @@ async def test_nothing_to_recall(flow: Flow) -> None:
 
 async def test_a_session_the_store_could_not_note_is_not_lost(flow: Flow) -> None:
     flow.store.broken = True
-    _, session = await flow.desk.carry_out("c1", OPEN)
+    _, session = await flow.call("c1", OPEN)
     flow.store.broken = False
     assert await flow.desk.recall("c1") == session
     await flow.tick()

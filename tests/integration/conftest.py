@@ -19,7 +19,9 @@ from worker.flow.clock import SteadyClock
 from worker.flow.desk import Desk
 from worker.flow.lanes import Lanes
 from worker.flow.settler import Settler
-from worker.stores.sql import SqlStore
+from worker.stores.database import Database
+from worker.stores.ledger import SqlLedger
+from worker.stores.sessions import SqlSessions
 
 Session_ = Callable[[AbstractConnection], Awaitable[None]]
 STORE = "the store"
@@ -132,23 +134,24 @@ def start(amqp_url: str) -> Start:
         event_retry_s: float = 30.0,
     ) -> AsyncIterator[Station]:
         clock, avatar = SteadyClock(), Avatar()
-        store = await SqlStore.open("sqlite://")
+        database = await Database.open("sqlite://")
+        desk, ledger = Desk(avatar, SqlSessions(database), name, clock), SqlLedger(database, clock)
         outbox = Outbox(source="test", worker=name, event_retry_s=event_retry_s, clock=clock)
         settler = Settler(outbox)
-        lanes = Lanes(Rules(default_avatar="a"), Desk(avatar, store, name, clock), settler, clock, keep_s=3600)
-        inbox = Inbox(lanes, wanted=Record(partitions, STORE), worker=name, prefetch=200, clock=clock)
+        lanes = Lanes(Rules(default_avatar="a"), desk=desk, ledger=ledger, settler=settler, clock=clock)
+        wanted = Record(partitions, STORE)
+        inbox = Inbox(lanes, ledger.raise_epoch, wanted=wanted, worker=name, prefetch=200, clock=clock)
         consuming, publishing = Life(inbox.session), Life(outbox.session)
-        tasks = tuple(
-            asyncio.create_task(Link(where, name=name, heartbeat_s=10).run(life))
-            for where, life in ((url, consuming), (publish_url or url, publishing))
-        )
+        links = ((url, consuming), (publish_url or url, publishing))
+        work = [Link(where, name=name, heartbeat_s=10).run(life) for where, life in links]
+        tasks = tuple(asyncio.create_task(one) for one in (*work, ledger.run()))
         station = Station(inbox, outbox, avatar, lanes, settler, consuming, publishing, tasks)
         try:
             await station.ready()
             yield station
         finally:
             await station.gone()
-            await store.close()
+            await database.close()
 
     return start
 

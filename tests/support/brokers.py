@@ -1,10 +1,11 @@
 """The brokers of a test run: each is started once and kept until the run is over."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cache
 
+import aio_pika
 from docker.models.containers import Container
 from testcontainers.core.config import testcontainers_config
 from testcontainers.core.container import DockerContainer
@@ -18,9 +19,21 @@ LOCAL = "rabbitmq-local"
 FOUR = "rabbitmq-4"
 
 _AMQP = "5672/tcp"
+_EXCHANGES = ("avatar.commands", "avatar.commands.v1.hash", "avatar.interrupts", "avatar.events", "avatar.dead")
+_QUEUES = ("avatar.parked", "avatar.dead", "avatar.topology", *(f"avatar.commands.v1.p{n:02}" for n in range(100)))
 
 # testcontainers' own reaper is one more image, and a container that holds the Docker socket; `Guard` does the same.
 testcontainers_config.ryuk_disabled = True
+
+
+async def wipe(url: str, also: Iterable[str] = ()) -> None:
+    """Delete the queues and exchanges of the contract, and these queues."""
+    connection = await aio_pika.connect(url)
+    async with connection, connection.channel() as channel:
+        for queue in (*_QUEUES, *also):
+            await channel.queue_delete(queue)
+        for exchange in _EXCHANGES:
+            await channel.exchange_delete(exchange)
 
 
 @cache

@@ -10,7 +10,8 @@ from schemas.events import Event
 from worker.core.model import CallKind, CallResult, Piece, ReplyTo, Session, Viewer
 from worker.core.verdict import Parked
 from worker.core.work import Open
-from worker.ports import Delivery, Held
+from worker.errors import LinkLost
+from worker.ports import Delivery, Held, Ledger
 
 OK = CallResult(CallKind.OK, 200)
 DEADLINE_S = 5.0
@@ -141,16 +142,42 @@ class FakeOutbox:
 
 
 @dataclass(eq=False)
+class FakeTenure:
+    """One ownership of a partition. `refusals` counts how often it was told that it is over, `ended` when it is."""
+
+    ledger: Ledger | None = None
+    partition: int = 0
+    ended: bool = False
+    refusals: int = 0
+    raised: int | None = None
+    _asking: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    async def epoch(self) -> int:
+        assert self.ledger is not None
+        async with self._asking:
+            if self.raised is None:
+                self.raised = await self.ledger.raise_epoch(self.partition)
+        if self.ended:
+            raise LinkLost("the partition was given up")
+        return self.raised
+
+    def refused(self) -> None:
+        self.refusals += 1
+
+
+@dataclass(eq=False)
 class FakeDelivery:
     """The broker's side of a command, which notes its acknowledgement in the outbox's log."""
 
     outbox: FakeOutbox
     name: str = ""
-    origin: object = None
+    tenure: FakeTenure = field(default_factory=FakeTenure)
     settled: int = 0
 
     async def settle(self) -> bool:
         await asyncio.sleep(0)
+        if self.tenure.ended:
+            return False
         self.settled += 1
         self.outbox.log.append(("settle", self.name))
         return True

@@ -43,7 +43,8 @@ class Breaker:
     def hold_until(self, now: float) -> float:
         """The time before which no call may begin."""
         if self._open_until is not None:
-            return self._open_until if self._under_way == 0 else max(self._open_until, now + LOOK_S)
+            free_at = max(self._open_until, self._held_until)
+            return free_at if self._under_way == 0 else max(free_at, now + LOOK_S)
         if self._back_since is not None:
             if now - self._back_since >= RAMP_S:
                 self._back_since = None

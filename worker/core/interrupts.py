@@ -14,7 +14,6 @@ A say that is under way is not cut: the API is told at once, and told again when
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from schemas.commands import Interrupt
 from worker.core import verdict
@@ -28,14 +27,6 @@ FENCE_S = 120.0
 """How long a fence stands at most where speech does not expire."""
 
 
-@dataclass(slots=True)
-class _Acting:
-    """An interrupt whose call is under way: `lost` tells how many chunks each silenced turn has lost."""
-
-    entry: Entry
-    lost: dict[str, int]
-
-
 class Interrupts:
     """Sees both copies, and says which calls are to be made at once: `take_calls`, then `done` for each."""
 
@@ -45,7 +36,7 @@ class Interrupts:
         self._memory = book.memory
         self._speech = speech
         self._fence_s = max_age_s or FENCE_S
-        self._acting: dict[str, _Acting] = {}
+        self._acting: set[str] = set()
         self._calls: list[Entry] = []
         self._told: set[str] = set()
 
@@ -89,11 +80,12 @@ class Interrupts:
 
     def done(self, entry: Entry, result: CallResult | None, now: float, *, has_session: bool) -> None:
         """The API was told, or need not be (`result` None)."""
-        acting = self._acting.pop(entry.key)
+        self._acting.discard(entry.key)
+        silenced = self._memory.take_silenced(entry.key)
         if result is not None and result.kind is CallKind.OK:
             self._memory.playing_until = now
         # Without a session nothing can have been silenced but what was waiting for one.
-        turn_ids = [turn_id for turn_id, lost in acting.lost.items() if lost or has_session]
+        turn_ids = [turn_id for turn_id, lost in silenced.items() if lost or has_session]
         latency_ms = verdict.milliseconds(now - entry.born)
         told = verdict.interrupt_done(self._book.conversation_id, entry, turn_ids, latency_ms=latency_ms, result=result)
         self._told.add(entry.key)
@@ -107,10 +99,12 @@ class Interrupts:
         return entry.key in self._told
 
     def _act(self, entry: Entry, wanted: str | None, now: float, spared: Sequence[Entry], *, has_session: bool) -> None:
-        lost = self._speech.silence(entry, wanted, now, spared)
-        if not spared and self._speech.outdated(now):
-            self._speech.drop()
-        self._acting[entry.key] = _Acting(entry, lost)
+        self._acting.add(entry.key)
+        # One that a worker left half done has silenced already; it must not silence what came after it.
+        if entry.key not in self._memory.state.silenced:
+            self._memory.note_silenced(entry.key, self._speech.silence(entry, wanted, now, spared))
+            if not spared and self._speech.outdated(now):
+                self._speech.drop()
         heard = self._memory.heard_last | {speak_of(chunk).turn_id for chunk in spared if _is_speech(chunk)}
         if has_session and (wanted is None or not heard or wanted in heard):
             self._calls.append(entry)

@@ -55,7 +55,6 @@ class Lane:
     def begin(self, session: Session | None) -> None:
         """The session that the lane's owner has found, if there is one."""
         self._sessions.session = session
-        self._speech.doubt()
 
     def offer(self, entry: Entry, now: float) -> tuple[Conclusion, ...]:
         """Queue a command; returns what ends by its mere coming. Interrupts act: see `take_interrupts`."""
@@ -84,7 +83,7 @@ class Lane:
         assert not self._calling, "one thing at a time"
         work = self._plan(now)
         if work is not None and not isinstance(work, Wait):
-            free_at = max(self._attempts.busy_until, hold_until)
+            free_at = max(self._book.memory.state.busy_until, hold_until)
             if free_at > now:
                 work = Wait(free_at)
             elif self._interrupts.calling:
@@ -92,6 +91,7 @@ class Lane:
             else:
                 self._calling = True
                 self._attempts.begin(now)
+                self._book.memory.update(busy_until=now + self._rules.ambiguous_wait_s)
                 if isinstance(work, Say):
                     self._speech.begin(work.piece, now)
         return Step(self._book.take(), work)
@@ -105,11 +105,12 @@ class Lane:
         """
         assert self._calling
         self._calling = False
-        if result.kind is CallKind.UNKNOWN:
-            self._attempts.lost(self._rules.ambiguous_wait_s)
+        if result.kind is not CallKind.UNKNOWN:
+            self._book.memory.update(busy_until=0.0)
         match work:
             case _ if result.kind is CallKind.STALE:
                 self._sessions.forget()
+                self._speech.unsaid()
                 self._attempts.rest()
             case Say():
                 if result.kind is CallKind.GONE:

@@ -75,18 +75,24 @@ class Attempt:
 class State:
     """What there is one of per conversation.
 
-    `number` counts attempts, so that an outcome that comes late cannot undo what came after. `spoken`: characters of a
-    chunk that left in earlier pieces, by entry key. `playing_until`: when, by estimate, the avatar falls silent.
-    `heard_last`: the turn whose text the API took last, with those whose text it may have taken since. `fences`: the
-    interrupts whose express copy has acted and whose ordered copy is still to come, and since when. `partition`: where
-    the conversation's commands came from last.
+    `number` counts attempts, so that an outcome that comes late cannot undo what came after. `attempt` stands as long
+    as nobody has said what became of it. `busy_until`: a call whose answer never came counts as running until then.
+    `spoken`: characters of a chunk that left in earlier pieces, by entry key. `playing_until`: when, by estimate, the
+    avatar falls silent. `heard_last`: the turn whose text the API took last, with those whose text it may have taken
+    since. `silenced`: what interrupts that have not ended have done, by entry key: turns, and the chunks each has lost.
+    `doubtful`: chunks, by entry key, that were perhaps said in an attempt that could not be repeated as it was.
+    `fences`: the interrupts whose express copy has acted and whose ordered copy is still to come, and since when.
+    `partition`: where the conversation's commands came from last.
     """
 
     number: int = 0
     attempt: Attempt | None = None
+    busy_until: float = 0.0
     spoken: Mapping[str, int] = field(default_factory=dict)
     playing_until: float = 0.0
     heard_last: frozenset[str] = frozenset()
+    silenced: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    doubtful: frozenset[str] = frozenset()
     fences: Mapping[str, float] = field(default_factory=dict)
     partition: int | None = None
 
@@ -182,10 +188,23 @@ class Memory:
 
     def speak_up_to(self, key: str, end: int | None) -> None:
         """So many characters of the chunk have left; None: it has ended."""
-        if end is None and key not in self.state.spoken:
-            return
-        spoken = {other: count for other, count in self.state.spoken.items() if other != key}
-        self.update(spoken=spoken if end is None else spoken | {key: end})
+        if end is not None:
+            self.update(spoken={**self.state.spoken, key: end})
+        elif key in self.state.spoken or key in self.state.doubtful:
+            spoken = {other: count for other, count in self.state.spoken.items() if other != key}
+            self.update(spoken=spoken, doubtful=self.state.doubtful - {key})
+
+    def note_silenced(self, key: str, turns: Mapping[str, int]) -> None:
+        """The interrupt has acted."""
+        self.update(silenced={**self.state.silenced, key: turns})
+
+    def take_silenced(self, key: str) -> Mapping[str, int]:
+        """What the interrupt has done; it ends."""
+        silenced = dict(self.state.silenced)
+        turns = silenced.pop(key, {})
+        if len(silenced) < len(self.state.silenced):
+            self.update(silenced=silenced)
+        return turns
 
     def update(self, **changes: object) -> None:
         """Change the state."""

@@ -36,7 +36,6 @@ class Speech:
         self._attempts = attempts
         self._blank_since: float | None = None
         self._missing_since: float | None = None
-        self._doubtful: frozenset[str] = frozenset()
 
     def plan(self, now: float) -> Piece | Wait | None:
         """The piece to say now; None when the head of the book has ended instead."""
@@ -57,9 +56,10 @@ class Speech:
         return piece
 
     def outdated(self, now: float) -> bool:
-        """Whether the piece under way is not to be tried again: its turn went silent, or it is too old."""
+        """Whether what was attempted is not to be tried again: its turn went silent, or it is too old."""
         if self.piece is None:
-            return False
+            attempt = self._memory.state.attempt
+            return attempt is not None and self._memory.is_silent(attempt.turn_id)
         return self._memory.is_silent(self.piece.turn_id) or self._expired(self.piece.parts[0].entry, now)
 
     def drop(self) -> None:
@@ -77,13 +77,6 @@ class Speech:
         attempt = Attempt(piece.turn_id, piece.text, piece.is_final, parts, begun=now, count=count)
         self._memory.update(attempt=attempt, number=self._memory.state.number + 1)
 
-    def doubt(self) -> None:
-        """The lane begins with an attempt that a worker left without an outcome: it may be running still."""
-        attempt = self._memory.state.attempt
-        if attempt is not None:
-            self._attempts.begun = attempt.begun
-            self._attempts.lost(self._rules.ambiguous_wait_s)
-
     def _resume(self, attempt: Attempt, now: float) -> Piece | Wait | None:
         """Say again, exactly as it was sent, what another worker was saying; its chunks come back first of all."""
         waiting = {entry.key: entry for entry in self._book.chunks()}
@@ -100,8 +93,8 @@ class Speech:
         if now < self._missing_since + RESUME_WAIT_S:
             return Wait(self._missing_since + RESUME_WAIT_S)
         # Chunks without an id cannot be recognised. What is left of the piece is said as it comes, and flagged.
-        self._doubtful = frozenset(part.key for part in attempt.parts)
-        self._settle_attempt()
+        doubtful = self._memory.state.doubtful.union(part.key for part in attempt.parts)
+        self._memory.update(attempt=None, doubtful=doubtful)
         return None
 
     def _settle_attempt(self) -> None:
@@ -110,6 +103,11 @@ class Speech:
             self._memory.update(attempt=None)
 
     # What became of it.
+
+    def unsaid(self) -> None:
+        """The call was not made, or surely had no effect; one before it may have had."""
+        if not self.perhaps_said:
+            self._settle_attempt()
 
     def said(self, result: CallResult, now: float, jitter: float) -> None:
         """Record the outcome of one call. A session that is gone is the caller's to lose, before this."""
@@ -123,8 +121,7 @@ class Speech:
                 self._accept(piece, now)
             case CallKind.NOT_TAKEN:
                 self._attempts.again(now, jitter, result.retry_after_s)
-                if not self.perhaps_said:
-                    self._settle_attempt()
+                self.unsaid()
             case CallKind.UNKNOWN if self._rules.ambiguous == "repeat":
                 self._attempts.again(now, jitter)
             case CallKind.UNKNOWN:
@@ -142,7 +139,7 @@ class Speech:
         memory.heard_last = frozenset({piece.turn_id})
         memory.playing_until = max(memory.playing_until, now) + len(piece.text) / CHARS_PER_S
         told_blindly = any(
-            (part.entry.redelivered and part.entry.message_id is None) or part.entry.key in self._doubtful
+            (part.entry.redelivered and part.entry.message_id is None) or part.entry.key in memory.state.doubtful
             for part in piece.parts
         )
         accepted = verdict.accepted(

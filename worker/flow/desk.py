@@ -109,7 +109,7 @@ class Desk:
                 return result, session
             case Attach():
                 await self.keep(conversation_id, call.session)
-                return CallResult(CallKind.OK), call.session
+                return CallResult(CallKind.OK, local=True), call.session
             case _:
                 if conversation_id not in self.leases:
                     # Another worker adopted it while this one was too slow to renew its lease; or it has ended.

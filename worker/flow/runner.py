@@ -63,10 +63,10 @@ class Runner:
         self._clock = clock
         self._arrived: deque[Entry] = deque()
         self._tenure: Tenure | None = None
+        self._epoch = 0
         self._memory = Memory()
         self._book = Book(conversation_id, self._memory)
         self._lane = Lane(self._book, rules)
-        self._recorded: asyncio.Future[Grant] | None = None
         self._admitting = asyncio.Lock()
         self._in_call = False
         self._errands: set[asyncio.Task[None]] = set()
@@ -124,21 +124,22 @@ class Runner:
             self._tell_interrupts()
             now = self._clock()
             step = self._lane.next(now, self._breaker.hold_until(now))
-            self._submit(step.conclusions)
             if step.work is None:
+                self._submit(step.conclusions)
                 await _before(self._wake, LINGER_S)
                 if not self._arrived and not self._errands:
                     return
                 if self._tenure is not None and self.conversation_id not in self._desk.leases:
                     self._lane.begin(await self._desk.recall(self.conversation_id))
             elif isinstance(step.work, Wait):
+                self._submit(step.conclusions)
                 await _before(self._wake, step.work.until - self._clock())
             else:
                 result = None
                 self._breaker.begin()
                 self._in_call = True
                 try:
-                    result = await self._call(step.work)
+                    result = await self._call(step.work, step.conclusions)
                 finally:
                     self._in_call = False
                     self._breaker.record(result, self._clock())
@@ -177,14 +178,15 @@ class Runner:
                 if self._in_call or len(self._lane):
                     return
                 await self._begin(tenure)
+                continue
             here = list(self._arrived)
             await self._look_up({entry.message_id for entry in here if entry.message_id is not None})
             # No more than was looked up: others may have arrived, or the tenure may have ended, meanwhile.
             for entry in here:
                 if tenure_of(entry) is not tenure or self._tenure is not tenure:
                     break
-                self._arrived.popleft()
                 self._submit(self._lane.offer(entry, self._clock()))
+                self._arrived.popleft()
 
     async def _look_up(self, message_ids: set[str]) -> None:
         self._memory.trim()
@@ -195,8 +197,12 @@ class Runner:
     async def _begin(self, tenure: Tenure) -> None:
         """A lane for this tenure, with what the ledger and the store know of the conversation."""
         self._tenure = tenure
-        if self._recorded is not None:
-            await asyncio.wait([self._recorded])
+        try:
+            # First of all: whoever owned the partition before begins nothing after this that is not found below.
+            self._epoch = await tenure.epoch()
+        except LinkLost:
+            self.forget(tenure)
+            return
         session = await self._desk.recall(self.conversation_id)
         self._set_up(await self._ledger.recall(self.conversation_id), session)
         if self._memory.state.partition != tenure.partition:
@@ -208,19 +214,23 @@ class Runner:
         self._lane = Lane(self._book, self._rules)
         self._lane.begin(session)
 
-    async def _call(self, call: Call) -> CallResult | None:
-        """The intent is written, the call made, its outcome recorded: in this order, or not at all."""
+    async def _call(self, call: Call, ended: Sequence[Conclusion]) -> CallResult | None:
+        """The intent is written, the call made, its outcome recorded: in this order, or not at all.
+
+        What has `ended` before the call is written with the intent, and told if that is granted.
+        """
         asked, tenure, lane = self._clock(), self._tenure, self._lane
         if tenure is None:
             return None
-        try:
-            epoch = await tenure.epoch()
-        except LinkLost:
-            self.forget(tenure)
-            return None
-        grant = await self._ledger.intend(self.conversation_id, self._memory.take_changes(), tenure.partition, epoch)
+        changes = self._memory.take_changes()
+        intent = asyncio.ensure_future(
+            self._ledger.intend(self.conversation_id, changes, tenure.partition, self._epoch)
+        )
+        self._settler.submit(ended, intent)
+        grant = await intent
         if grant is Grant.OUTDATED:
-            self._rebuild()
+            if self._tenure is tenure:
+                self._rebuild(ended)
             return None
         if grant is Grant.REFUSED:
             tenure.refused()
@@ -235,13 +245,16 @@ class Runner:
 
         result, got = await self._desk.carry_out(self.conversation_id, call, still)
         jitter = random.random()  # noqa: S311 - spreads retries, guards nothing
-        self._submit(lane.done(call, result, self._clock(), got=got, jitter=jitter), outcome=True)
+        told = lane.done(call, result, self._clock(), got=got, jitter=jitter)
+        self._submit(told, outcome=isinstance(call, Say))
         return result
 
-    def _rebuild(self) -> None:
-        """Put what the lane holds back in front of what has arrived: another lane will begin with it."""
+    def _rebuild(self, untold: Sequence[Conclusion] = ()) -> None:
+        """Put what the lane holds, and what ended there `untold`, back in front: another lane will begin with it."""
         if self._tenure is not None:
-            self._arrived.extendleft(reversed(tuple(self._book)))
+            told = (*untold, *self._book.take())
+            ended = [entry for one in told for entry in one.entries if isinstance(entry, Entry)]
+            self._arrived.extendleft(reversed((*ended, *self._book)))
             self._tenure = None
 
     def _submit(self, conclusions: Sequence[Conclusion], *, outcome: bool = False) -> None:
@@ -255,9 +268,9 @@ class Runner:
             # What ends here is not told, and must come again: to whoever has the conversation now.
             if tenure is not None and not written.cancelled() and written.result() is not Grant.GRANTED:
                 tenure.refused()
+                self.forget(tenure)
 
         recorded.add_done_callback(look)
-        self._recorded = recorded
         self._settler.submit(conclusions, recorded)
 
 

@@ -29,10 +29,13 @@ PRUNE_ROWS = 500
 
 _DATA_TYPES = {name: data for data, name in EVENT_TYPES.items()}
 
+_Row = tuple[int, int | None]
+"""What a write is judged by: the version of a conversation's row, and the number of its attempt without an outcome."""
+
 
 @dataclass(slots=True)
 class _Job:
-    """One write: `epoch` None for what is written whoever owns the partition, `outcome` for what is a fact."""
+    """One write: `epoch` None for what is written whoever owns the partition, `outcome` for the fate of an attempt."""
 
     conversation_id: str
     changes: Changes | None
@@ -62,9 +65,15 @@ class SqlLedger:
                 async with asyncio.timeout(LONGEST_PAUSE_S):
                     await self._flush()
 
-    @to_the_end
     async def recall(self, conversation_id: str) -> Memory:
         """See `ports.Ledger`, here and below."""
+        asked = [job.done for job in self._jobs if job.conversation_id == conversation_id]
+        if asked:
+            await asyncio.wait(asked)
+        return await self._recall(conversation_id)
+
+    @to_the_end
+    async def _recall(self, conversation_id: str) -> Memory:
         async with self._database.reading() as connection:
             one = sa.select(conversations).where(conversations.c.conversation_id == conversation_id)
             row = (await connection.execute(one)).one_or_none()
@@ -102,7 +111,7 @@ class SqlLedger:
         return self._ask(_Job(conversation_id, changes, partition, epoch, outcome=False, done=_future()))
 
     def record(self, conversation_id: str, changes: Changes, *, outcome: bool) -> asyncio.Future[Grant]:
-        """Granted while the row is as it was; an outcome, while its attempt is the newest."""
+        """Granted while the row is as it was; an outcome, while its attempt has none."""
         return self._ask(_Job(conversation_id, changes, -1, None, outcome, done=_future()))
 
     @to_the_end
@@ -155,42 +164,42 @@ class SqlLedger:
     async def _write(self, batch: Sequence[_Job]) -> list[Grant]:
         async with self._database.writing() as connection:
             epochs = {row.partition: row.epoch for row in await connection.execute(sa.select(partitions))}
-            columns = (conversations.c.conversation_id, conversations.c.version, conversations.c.number)
+            columns = (conversations.c.conversation_id, conversations.c.version, conversations.c.attempt)
             ids = {job.conversation_id for job in batch}
             found = await connection.execute(sa.select(*columns).where(columns[0].in_(ids)))
-            rows = {row.conversation_id: (row.version, row.number) for row in found}
+            rows = {row.conversation_id: (row.version, row.attempt) for row in found}
             granted = [_judge(job, rows, epochs) for job in batch]
             wanted = [job for job, grant in zip(batch, granted, strict=True) if grant is Grant.GRANTED and job.changes]
             await _put(connection, rows, wanted, self._clock())
         return granted
 
 
-def _judge(job: _Job, rows: dict[str, tuple[int, int]], epochs: Mapping[int, int]) -> Grant:
+def _judge(job: _Job, rows: dict[str, _Row], epochs: Mapping[int, int]) -> Grant:
     """Whether the job may be written after those before it, whose effect on `rows` is noted."""
     if job.epoch is not None and epochs.get(job.partition) != job.epoch:
         return Grant.REFUSED
     if job.changes is None:
         return Grant.GRANTED
-    version, number = rows.get(job.conversation_id, (0, 0))
-    mine = job.changes.state.number == number if job.outcome else job.changes.version == version
+    version, attempt = rows.get(job.conversation_id, (0, None))
+    state = job.changes.state
+    mine = state.number == attempt if job.outcome else job.changes.version == version
     if not mine:
         return Grant.OUTDATED
-    rows[job.conversation_id] = (version + 1, job.changes.state.number)
+    rows[job.conversation_id] = (version + 1, state.number if state.attempt else None)
     return Grant.GRANTED
 
 
-async def _put(
-    connection: AsyncConnection, versions: Mapping[str, tuple[int, int]], jobs: Iterable[_Job], now: float
-) -> None:
+async def _put(connection: AsyncConnection, written: Mapping[str, _Row], jobs: Iterable[_Job], now: float) -> None:
     rows: dict[sa.Table, list[Mapping[str, Any]]] = {conversations: [], turns: [], endings: [], commands: []}
     for job in jobs:
         changes, conversation_id = job.changes, job.conversation_id
         assert changes is not None
+        version, attempt = written[conversation_id]
         rows[conversations].append(
             {
                 "conversation_id": conversation_id,
-                "version": versions[conversation_id][0],
-                "number": changes.state.number,
+                "version": version,
+                "attempt": attempt,
                 "state": json.dumps(asdict(changes.state), default=sorted),
                 "touched": now,
             }
@@ -260,5 +269,6 @@ def _state(text: str) -> State:
     if attempt is not None:
         parts = tuple(SentPart(**part) for part in attempt.pop("parts"))
         attempt = Attempt(parts=parts, **attempt)
-    heard_last = frozenset(document.pop("heard_last"))
-    return State(attempt=attempt, heard_last=heard_last, **document)
+    for name in ("heard_last", "doubtful"):
+        document[name] = frozenset(document[name])
+    return State(attempt=attempt, **document)

@@ -39,7 +39,7 @@ conversations = sa.Table(
     metadata,
     sa.Column("conversation_id", sa.Text, primary_key=True),
     sa.Column("version", sa.Integer, nullable=False),
-    sa.Column("number", sa.Integer, nullable=False),
+    sa.Column("attempt", sa.Integer),
     sa.Column("state", sa.Text, nullable=False),
     sa.Column("touched", sa.Float, nullable=False, index=True),
 )
