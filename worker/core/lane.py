@@ -45,8 +45,9 @@ class Lane:
         self._attempts = Attempts()
         self._speech = Speech(self._book, rules, self._attempts)
         self._sessions = SessionPlan(self._book, rules, self._attempts, self._speech)
-        self._interrupts = Interrupts(self._book, self._speech, rules.max_age_s)
-        self._calling = False
+        self._interrupts = Interrupts(self._book, self._speech, rules)
+        self._calling: Call | None = None
+        self._busy_until = book.memory.state.busy_until
 
     def __len__(self) -> int:
         """How many commands have not ended."""
@@ -59,8 +60,14 @@ class Lane:
     def offer(self, entry: Entry, now: float) -> tuple[Conclusion, ...]:
         """Queue a command; returns what ends by its mere coming. Interrupts act: see `take_interrupts`."""
         if isinstance(entry.command, Interrupt):
-            spared = self._in_call() if self._calling else ()
-            self._interrupts.see(entry, now, spared=spared, has_session=self._sessions.session is not None)
+            self._interrupts.see(
+                entry,
+                now,
+                spared=self._in_call(),
+                has_session=self._sessions.session is not None,
+                in_doubt=self._calling is None and self._busy_until > now,
+            )
+            self._note_busy()
         else:
             if isinstance(entry.command, Speak):
                 self._interrupts.meet(entry, now)
@@ -74,13 +81,14 @@ class Lane:
     def interrupted(self, entry: Entry, result: CallResult | None, now: float) -> tuple[Conclusion, ...]:
         """The API was told of the interrupt; None: the session had ended meanwhile."""
         self._interrupts.done(entry, result, now, has_session=result is not None)
+        self._note_busy()
         if result is not None and result.kind is CallKind.GONE:
             self._sessions.lose()
         return self._book.take()
 
     def next(self, now: float, hold_until: float = 0.0) -> Step:
         """What has ended by now, and the next work. Not while a call is under way; no call before `hold_until`."""
-        assert not self._calling, "one thing at a time"
+        assert self._calling is None, "one thing at a time"
         work = self._plan(now)
         if work is not None and not isinstance(work, Wait):
             free_at = max(self._book.memory.state.busy_until, hold_until)
@@ -89,9 +97,11 @@ class Lane:
             elif self._interrupts.calling:
                 work = Wait(now + INTERRUPT_S)
             else:
-                self._calling = True
-                self._attempts.begin(now)
-                self._book.memory.update(busy_until=now + self._rules.ambiguous_wait_s)
+                self._calling = work
+                self._busy_until = now + self._rules.ambiguous_wait_s
+                self._note_busy()
+                if not isinstance(work, CallInterrupt):
+                    self._attempts.begin(now)
                 if isinstance(work, Say):
                     self._speech.begin(work.piece, now)
         return Step(self._book.take(), work)
@@ -103,10 +113,11 @@ class Lane:
 
         `got` is the session that Open created, or the Viewer that InitClient fetched. `jitter` is chance in [0, 1).
         """
-        assert self._calling
-        self._calling = False
+        assert self._calling is not None
+        self._calling = None
         if result.kind is not CallKind.UNKNOWN:
-            self._book.memory.update(busy_until=0.0)
+            self._busy_until = 0.0
+            self._note_busy()
         match work:
             case _ if result.kind is CallKind.STALE:
                 self._sessions.forget()
@@ -116,7 +127,8 @@ class Lane:
                 if result.kind is CallKind.GONE:
                     self._sessions.lose()
                 # What was under way when an interrupt came may have been taken after it.
-                self._interrupts.tell_again = self._book.memory.is_silent(work.piece.turn_id)
+                heard = result.kind in (CallKind.OK, CallKind.UNKNOWN)
+                self._interrupts.tell_again = heard and self._book.memory.is_silent(work.piece.turn_id)
                 self._speech.said(result, now, jitter)
             case Open():
                 self._sessions.opened(result, got if isinstance(got, Session) else None, now, jitter)
@@ -128,15 +140,16 @@ class Lane:
                 self._interrupts.tell_again = False
                 if result.kind is CallKind.GONE:
                     self._sessions.lose()
-                self._attempts.rest()
             case _:
                 self._sessions.closed(result, now, jitter)
         return self._book.take()
 
     def _plan(self, now: float) -> Work | None:
         """Work down the book until something has to be done, or waited for."""
-        if self._interrupts.tell_again and self._sessions.session:
-            return CallInterrupt()
+        if self._interrupts.tell_again:
+            if self._sessions.session:
+                return CallInterrupt()
+            self._interrupts.tell_again = False
         while len(self._book):
             if self._attempts.not_before > now and not self._speech.outdated(now):
                 return Wait(self._attempts.not_before)
@@ -171,8 +184,14 @@ class Lane:
                 assert_never(unreachable)
 
     def _in_call(self) -> tuple[Entry, ...]:
-        """The entries whose fate hangs on a call that is under way, or may have had its effect."""
-        if not self._calling and not self._speech.perhaps_said:
+        """The entries whose fate hangs on the call that is under way."""
+        if self._calling is None or isinstance(self._calling, CallInterrupt):
             return ()
         piece = self._speech.piece
         return tuple(part.entry for part in piece.parts) if piece else (self._book.head,)
+
+    def _note_busy(self) -> None:
+        """Whoever serves the conversation next waits until what is under way now is surely over."""
+        busy_until = max(self._busy_until, self._interrupts.busy_until)
+        if busy_until != self._book.memory.state.busy_until:
+            self._book.memory.update(busy_until=busy_until)

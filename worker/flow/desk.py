@@ -95,8 +95,16 @@ class Desk:
         lease = self.leases.get(conversation_id)
         if lease is None:
             return CallResult(CallKind.STALE)
-        result = await self.api.interrupt(lease.held.session)
+        session_id = lease.held.session.session_id
+        try:
+            result = await self.api.interrupt(lease.held.session)
+        except Exception as error:  # noqa: BLE001 - a bug of ours must not leave the lane waiting for an answer
+            result = CallResult(CallKind.UNKNOWN, error=type(error).__name__)
+            _log.exception(logs.CALL_FAILED, conversation_id=conversation_id, call=CallInterrupt.__name__)
         if result.kind is CallKind.GONE:
+            lease = self.leases.get(conversation_id)
+            if lease is None or lease.held.session.session_id != session_id:
+                return CallResult(CallKind.STALE)
             await self.drop(conversation_id)
         return result
 

@@ -5,6 +5,8 @@ import contextvars
 from collections.abc import Callable
 from dataclasses import replace
 
+import structlog
+
 from worker.core import verdict
 from worker.core.breaker import Breaker
 from worker.core.model import Entry, Misfit
@@ -12,7 +14,10 @@ from worker.core.work import Rules
 from worker.flow.desk import Desk
 from worker.flow.runner import ExpressDelivery, Runner
 from worker.flow.settler import Settler
+from worker.ops import logs
 from worker.ports import Clock, Ledger, Tenure
+
+_log = structlog.stdlib.get_logger(__name__)
 
 
 class Lanes:
@@ -56,7 +61,11 @@ class Lanes:
     async def _hear_idle(self, entry: Entry) -> None:
         """Nobody serves the conversation here; it is ours if its partition is, and it may be speaking still."""
         conversation_id = entry.command.conversation_id
-        partition = await self._ledger.partition_of(conversation_id)
+        try:
+            partition = await self._ledger.partition_of(conversation_id)
+        except Exception as error:  # noqa: BLE001 - whatever keeps us from knowing, the ordered copy comes
+            _log.error(logs.STORE_FAILED, conversation_id=conversation_id, error=str(error))
+            return
         tenure = None if partition is None else self.tenure_of(partition)
         if tenure is not None and not self._stopping:
             runner = self._runners.get(conversation_id) or self._start(conversation_id)

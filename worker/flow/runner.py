@@ -100,6 +100,15 @@ class Runner:
 
     async def run(self) -> None:
         """Serve the conversation until nothing is left to do."""
+        try:
+            await self._serve_on()
+            if self._errands:
+                await asyncio.wait(self._errands)
+        finally:
+            for errand in self._errands:
+                errand.cancel()
+
+    async def _serve_on(self) -> None:
         pause_s = PAUSE_S
         while not self._stopping.is_set():
             try:
@@ -110,8 +119,6 @@ class Runner:
             await _before(self._stopping, pause_s)
             pause_s = min(pause_s * 2, LONGEST_PAUSE_S)
             self._rebuild()
-        if self._errands:
-            await asyncio.wait(self._errands)
 
     async def _serve(self) -> None:
         while not self._stopping.is_set():
@@ -146,9 +153,12 @@ class Runner:
 
     async def _hear(self) -> None:
         """Admit what has arrived although a call is under way: an interrupt is among it."""
-        async with self._admitting:
-            if self._in_call and self._tenure is not None:
-                await self._admit()
+        try:
+            async with self._admitting:
+                if self._in_call and self._tenure is not None:
+                    await self._admit()
+        except Exception:  # noqa: BLE001 - it has still arrived, and is admitted after the call
+            _log.exception(logs.LANE_CRASHED, conversation_id=self.conversation_id)
         self._tell_interrupts()
 
     def _tell_interrupts(self) -> None:
