@@ -347,12 +347,11 @@ class TestOutcomes:
     @pytest.mark.parametrize(
         ("before", "session"),
         [
-            (interrupt(), True),
             (entry(type="session.end"), True),
             (entry(type="session.start"), False),
             (entry(type="session.start", handoff="viewer"), True),
         ],
-        ids=["interrupt", "end", "create", "init-client"],
+        ids=["end", "create", "init-client"],
     )
     def test_the_lost_answer_may_be_that_of_any_call(self, before: Any, session: bool) -> None:
         talk = Conversation() if session else Conversation(session=None)
@@ -360,6 +359,12 @@ class TestOutcomes:
         assert talk.next() is not None
         talk.done(UNKNOWN, jitter=0.0).offer(speak("t2", "b"))
         assert talk.waits() == 2.0
+
+    def test_nor_after_the_lost_answer_of_an_interrupt_beside(self) -> None:
+        talk = Conversation().offer(interrupt(), speak("t2", "b"))
+        talk.now += 1
+        assert talk.interrupted(UNKNOWN).waits() == 1.0
+        assert talk.forget().offer(speak("t2", "b")).waits() == 1.0, "nor may a successor"
 
     def test_gone_fails_the_turn_tells_the_loss_and_the_next_turn_gets_a_new_session(self) -> None:
         chunk = speak("t1", "a")
@@ -503,14 +508,15 @@ class TestFoundWithoutAnOutcome:
             assert talk.settle().of("speech.accepted")[0].get("possibleDuplicate") is None
 
     @pytest.mark.parametrize("wanted", [None, "t1"])
-    def test_an_interrupt_ends_it_and_is_called_after_the_wait(self, wanted: str | None) -> None:
+    def test_an_interrupt_ends_it_and_is_called_at_once_and_after_the_wait(self, wanted: str | None) -> None:
         chunks = self.again()
         talk = self.begun().offer(*chunks, interrupt(wanted))
         assert [talk.ends(one) for one in chunks] == [["speech.discarded interrupted"]] * 3
         assert talk.memory.state.attempt is None, "its outcome, should it come, is not for anybody to tell"
-        assert talk.waits() == pytest.approx(1.5)
-        talk.settle()
         assert talk.calls[1:] == [CallInterrupt()]
+        assert talk.interrupted().waits() == pytest.approx(1.5)
+        talk.settle()
+        assert talk.calls[1:] == [CallInterrupt(), CallInterrupt()]
 
     def test_it_expires(self) -> None:
         talk = self.begun()

@@ -17,7 +17,7 @@ from worker.core.lane import Lane
 from worker.core.memory import Changes, Ended, Memory, Turn
 from worker.core.model import CallKind, CallResult, Entry, ReplyTo, Session, Viewer
 from worker.core.verdict import Conclusion
-from worker.core.work import Attach, Call, Open, Rules, Say, Wait, Work
+from worker.core.work import Attach, Call, CallInterrupt, Open, Rules, Say, Wait, Work
 from worker.stores import ledger
 
 NOW = 1_000_000.0
@@ -76,6 +76,11 @@ def interrupt(turn_id: str | None = None, *, message_id: str | None = "", **enve
     return entry(message_id, type="interrupt", **turn, **envelope)
 
 
+def express(ordered: Entry) -> Entry:
+    """The express copy of that interrupt."""
+    return replace(ordered, delivery=None, express=True)
+
+
 @dataclass
 class Written:
     """What the ledger has of one conversation, in its own format."""
@@ -120,7 +125,10 @@ class Outdated(Exception):  # noqa: N818
 
 @dataclass
 class Conversation:
-    """One lane with a clock that stands still; what it tells is kept in `conclusions`."""
+    """One lane with a clock that stands still; what it tells is kept in `conclusions`.
+
+    `telling`: the interrupts the API is being told of just now, beside the call under way.
+    """
 
     rules: Rules = RULES
     session: Session | None = SESSION
@@ -139,6 +147,7 @@ class Conversation:
         self.lane = Lane(self.book, self.rules)
         self.lane.begin(session)
         self.calling: Call | None = None
+        self.telling: list[Entry] = []
 
     def offer(self, *entries: Entry) -> "Conversation":
         """Deliver commands."""
@@ -146,6 +155,15 @@ class Conversation:
             if one.message_id not in self.memory.ended:
                 self.memory.ended |= self.written.known(one.message_id)
             self._tell(self.lane.offer(one, self.now))
+            calls = self.lane.take_interrupts()
+            self.telling += calls
+            self.works += [CallInterrupt() for _ in calls]
+        return self
+
+    def interrupted(self, result: CallResult = OK) -> "Conversation":
+        """The API answers the oldest interrupt it is being told of."""
+        told = None if result.kind is CallKind.STALE else result
+        self._tell(self.lane.interrupted(self.telling.pop(0), told, self.now))
         return self
 
     def _tell(self, conclusions: tuple[Conclusion, ...], *, outcome: bool = False) -> None:
@@ -196,9 +214,15 @@ class Conversation:
         return work.until - self.now
 
     def settle(self, *results: CallResult) -> "Conversation":
-        """Run until the lane is idle; calls are answered by `results`, then by OK. Waits are waited for."""
+        """Run until the lane is idle; calls are answered by `results`, then by OK. Waits are waited for.
+
+        What is under way beside is answered first.
+        """
         answers = iter(results)
         for _ in range(1000):
+            if self.telling:
+                self.interrupted(next(answers, OK))
+                continue
             work = self.next()
             if work is None:
                 return self
@@ -250,9 +274,9 @@ class Conversation:
         return [kind for kind, _ in self.told]
 
     def ends(self, one: Entry) -> list[str]:
-        """The short types (with reason) of the conclusions that this delivery ended with."""
+        """The short types (with reason) of what this delivery ended with; "" where that was told before."""
         return [
-            " ".join(filter(None, [event.type.removeprefix("avatar."), wire(event).get("reason", "")]))
+            " ".join(filter(None, [event.type.removeprefix("avatar."), wire(event).get("reason", "")])) if event else ""
             for event, entries in ((conclusion.event, conclusion.entries) for conclusion in self.conclusions)
             if one in entries
         ]

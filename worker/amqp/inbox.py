@@ -8,6 +8,7 @@ import hashlib
 import re
 import uuid
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from datetime import datetime
 from typing import Protocol
 
@@ -19,7 +20,7 @@ from aiormq.exceptions import ChannelInvalidStateError, ConnectionClosed
 from pamqp import commands as spec
 
 from schemas import routes
-from schemas.commands import FieldError, Malformed, RejectReason, parse
+from schemas.commands import FieldError, Interrupt, Malformed, RejectReason, parse
 from worker.amqp import topology
 from worker.amqp.lenient import printable, readable
 from worker.amqp.link import LOSSES, named_losses
@@ -54,6 +55,9 @@ class Receiver(Protocol):
     def offer(self, entry: Entry) -> None:
         """A command."""
 
+    def hear(self, entry: Entry) -> None:
+        """The express copy of an interrupt."""
+
     def reject(self, misfit: Misfit) -> None:
         """A message that is none."""
 
@@ -64,6 +68,8 @@ class Receiver(Protocol):
 class ChannelTenure:
     """`ports.Tenure`: one channel's life as the consumer of a partition, `open` until it is given up or lost.
 
+    `active` from its first delivery on: the broker has more consumers than one, but gives to one of them.
+
     The epoch is raised once, after the first delivery and a round trip on the channel begun after it. A broker may hand
     a partition back to a consumer that had lost it, without a sign, and a stopped process may wake to deliveries long
     given to others: only an answer on this very channel shows that it is alive.
@@ -71,6 +77,7 @@ class ChannelTenure:
 
     def __init__(self, partition: int, channel: abc.AbstractChannel, raise_epoch: RaiseEpoch, prefetch: int) -> None:
         self.open = True
+        self.active = False
         self.given_up = asyncio.Event()
         self._partition = partition
         self._channel = channel
@@ -173,6 +180,7 @@ class Inbox:
         partitions = range(self._wanted.partitions)
         for partition in partitions:
             await self._join(connection, partition, lose)
+        await self._join_express(connection, lose)
         rejoining = [asyncio.create_task(self._rejoin(connection, partition, lose)) for partition in partitions]
         try:
             _log.info(logs.BROKER_CONNECTED, partitions=self._wanted.partitions)
@@ -222,9 +230,32 @@ class Inbox:
 
         async def receive(message: DeliveredMessage) -> None:
             if tenure.open:
+                tenure.active = True
                 self._receive(AmqpDelivery(tenure, channel, message, self._clock()))
 
         await channel.basic_consume(queue, receive, arguments={"x-priority": score(self._worker, partition)})
+
+    async def _join_express(self, connection: AbstractConnection, lose: Callable[[str], None]) -> None:
+        """A queue of this worker's own, where interrupts arrive beside the backlog; it goes with the connection."""
+        outer = await connection.channel(publisher_confirms=False)
+        queue = await outer.declare_queue(exclusive=True)
+        await queue.bind(routes.INTERRUPTS)
+        outer.close_callbacks.add(lambda _, error: lose(f"channel of express interrupts closed ({error})"))
+        channel = await outer.get_underlay_channel()
+        tenure = ChannelTenure(-1, outer, self._raise_epoch, self._wanted.prefetch)
+
+        async def receive(message: DeliveredMessage) -> None:
+            # Whatever else may be published here is for its ordered copy to reject.
+            received = read(AmqpDelivery(tenure, channel, message, self._clock()))
+            if isinstance(received, Entry) and isinstance(received.command, Interrupt) and received.message_id:
+                self._receiver.hear(replace(received, express=True))
+
+        await channel.basic_consume(queue.name, receive, no_ack=True)
+
+    def tenure_of(self, partition: int) -> ChannelTenure | None:
+        """The tenure under which this worker owns the partition just now; None: it is another's, for all it knows."""
+        tenure = self._tenures.get(partition)
+        return tenure if tenure is not None and tenure.open and tenure.active else None
 
     def _receive(self, delivery: AmqpDelivery) -> None:
         received = understand(delivery)

@@ -10,7 +10,7 @@ A lane is driven in a loop by whoever owns it (`flow.runner`):
     head of the book      next hands out             done leads to
     speak                 Open, if no session;       accepted | again later | failed, with its turn
                           Say(piece)
-    interrupt             CallInterrupt              interrupt.done
+    interrupt             nothing: it acts when seen
     session.start         Close, if another avatar;  session.ready | again later | session.failed
                           Open; InitClient
     session.attach        Close, Attach              session.ready
@@ -24,14 +24,17 @@ What must outlive the lane is `memory`.
 from typing import assert_never
 
 from schemas.commands import Interrupt, SessionAttach, SessionEnd, SessionStart, Speak
-from worker.core import verdict
 from worker.core.book import Book
+from worker.core.interrupts import Interrupts
 from worker.core.model import CallKind, CallResult, Entry, Session, Viewer
 from worker.core.retry import Attempts
 from worker.core.session_plan import SessionPlan
 from worker.core.speech import Speech
 from worker.core.verdict import Conclusion
 from worker.core.work import Attach, Call, CallInterrupt, InitClient, Open, Rules, Say, Step, Wait, Work
+
+INTERRUPT_S = 5.0
+"""Longer than the API is given to answer an interrupt; the answer ends the wait."""
 
 
 class Lane:
@@ -43,7 +46,9 @@ class Lane:
         self._attempts = Attempts()
         self._speech = Speech(self._book, rules, self._attempts)
         self._sessions = SessionPlan(self._book, rules, self._attempts, self._speech)
-        self._calling = False
+        self._interrupts = Interrupts(self._book, self._speech, rules)
+        self._calling: Call | None = None
+        self._busy_until = book.memory.state.busy_until
 
     def __len__(self) -> int:
         """How many commands have not ended."""
@@ -54,30 +59,52 @@ class Lane:
         self._sessions.session = session
 
     def offer(self, entry: Entry, now: float) -> tuple[Conclusion, ...]:
-        """Queue a command; returns what ends by its mere coming."""
-        if isinstance(entry.command, Interrupt) and not self._acted(entry):
-            spared = self._in_call() if self._calling else ()
-            silenced = self._speech.silence(entry, entry.command.turn_id, now, spared)
-            self._book.memory.note_silenced(entry.key, silenced)
-            if not spared and self._speech.outdated(now):
-                self._speech.drop()
-        elif isinstance(entry.command, Speak) and entry.replay and not self._book.known(entry):
-            self._speech.revive(entry, now)
-        self._book.add(entry)
+        """Queue a command; returns what ends by its mere coming. Interrupts act: see `take_interrupts`."""
+        if isinstance(entry.command, Interrupt):
+            self._interrupts.see(
+                entry,
+                now,
+                spared=self._in_call(),
+                has_session=self._sessions.session is not None,
+                in_doubt=self._calling is None and self._busy_until > now,
+            )
+            self._note_busy()
+        else:
+            if isinstance(entry.command, Speak):
+                if entry.replay and not self._book.known(entry):
+                    self._speech.revive(entry, now)
+                self._interrupts.meet(entry, now)
+            self._book.add(entry)
+        return self._book.take()
+
+    def take_interrupts(self) -> list[Entry]:
+        """The interrupts to tell the API of now, beside any call that is under way; `interrupted` says how it went."""
+        return self._interrupts.take_calls()
+
+    def interrupted(self, entry: Entry, result: CallResult | None, now: float) -> tuple[Conclusion, ...]:
+        """The API was told of the interrupt; None: the session had ended meanwhile."""
+        self._interrupts.done(entry, result, now, has_session=result is not None)
+        self._note_busy()
+        if result is not None and result.kind is CallKind.GONE:
+            self._sessions.lose()
         return self._book.take()
 
     def next(self, now: float, hold_until: float = 0.0) -> Step:
         """What has ended by now, and the next work. Not while a call is under way; no call before `hold_until`."""
-        assert not self._calling, "one thing at a time"
+        assert self._calling is None, "one thing at a time"
         work = self._plan(now)
         if work is not None and not isinstance(work, Wait):
             free_at = max(self._book.memory.state.busy_until, hold_until)
             if free_at > now:
                 work = Wait(free_at)
+            elif self._interrupts.calling:
+                work = Wait(now + INTERRUPT_S)
             else:
-                self._calling = True
-                self._attempts.begin(now)
-                self._book.memory.update(busy_until=now + self._rules.ambiguous_wait_s)
+                self._calling = work
+                self._busy_until = now + self._rules.ambiguous_wait_s
+                self._note_busy()
+                if not isinstance(work, CallInterrupt):
+                    self._attempts.begin(now)
                 if isinstance(work, Say):
                     self._speech.begin(work.piece, now)
         return Step(self._book.take(), work)
@@ -89,10 +116,11 @@ class Lane:
 
         `got` is the session that Open created, or the Viewer that InitClient fetched. `jitter` is chance in [0, 1).
         """
-        assert self._calling
-        self._calling = False
+        assert self._calling is not None
+        self._calling = None
         if result.kind is not CallKind.UNKNOWN:
-            self._book.memory.update(busy_until=0.0)
+            self._busy_until = 0.0
+            self._note_busy()
         match work:
             case _ if result.kind is CallKind.STALE:
                 self._sessions.forget()
@@ -101,6 +129,9 @@ class Lane:
             case Say():
                 if result.kind is CallKind.GONE:
                     self._sessions.lose()
+                # What was under way when an interrupt came may have been taken after it.
+                heard = result.kind in (CallKind.OK, CallKind.UNKNOWN)
+                self._interrupts.tell_again = heard and self._book.memory.is_silent(work.piece.turn_id)
                 self._speech.said(result, now, jitter)
             case Open():
                 self._sessions.opened(result, got if isinstance(got, Session) else None, now, jitter)
@@ -109,7 +140,7 @@ class Lane:
             case InitClient():
                 self._sessions.initialised(result, got if isinstance(got, Viewer) else None, now, jitter)
             case CallInterrupt():
-                self._end_interrupt(self._book.head, result, now)
+                self._interrupts.tell_again = False
                 if result.kind is CallKind.GONE:
                     self._sessions.lose()
             case _:
@@ -118,13 +149,19 @@ class Lane:
 
     def _plan(self, now: float) -> Work | None:
         """Work down the book until something has to be done, or waited for."""
+        if self._interrupts.tell_again:
+            if self._sessions.session:
+                return CallInterrupt()
+            self._interrupts.tell_again = False
         while len(self._book):
             if self._attempts.not_before > now and not self._speech.outdated(now):
                 return Wait(self._attempts.not_before)
             head = self._book.head
             if self._book.known(head) and self._speech.piece is None:
-                self._book.memory.take_silenced(head.key)
-                self._book.repeat(head, self._sessions.session)
+                if self._interrupts.was_told(head):
+                    self._book.leave(head)
+                else:
+                    self._book.repeat(head, self._sessions.session)
                 continue
             work = self._plan_head(head, now)
             if work is not None:
@@ -138,12 +175,8 @@ class Lane:
                 if piece is None or isinstance(piece, Wait):
                     return piece
                 return Say(piece) if self._sessions.session else self._sessions.plan_for_speech(now)
-            case Interrupt(turn_id=wanted):
-                heard_last = self._book.memory.heard_last
-                if self._sessions.session and (wanted is None or not heard_last or wanted in heard_last):
-                    return CallInterrupt()
-                self._end_interrupt(head, None, now)
-                return None
+            case Interrupt():
+                return Wait(now + INTERRUPT_S)  # It ends when the API has answered; its call is under way.
             case SessionStart() as start:
                 return self._sessions.plan_start(head, start, now)
             case SessionAttach() as attach:
@@ -153,25 +186,15 @@ class Lane:
             case _ as unreachable:
                 assert_never(unreachable)
 
-    def _end_interrupt(self, entry: Entry, result: CallResult | None, now: float) -> None:
-        silenced = self._book.memory.take_silenced(entry.key)
-        if result is not None and result.kind is CallKind.OK:
-            self._book.memory.playing_until = now
-        # Without a session nothing can have been silenced but what was waiting for one.
-        turn_ids = [turn_id for turn_id, lost in silenced.items() if lost or self._sessions.session]
-        latency_ms = verdict.milliseconds(now - entry.born)
-        conversation_id = self._book.conversation_id
-        done = verdict.interrupt_done(conversation_id, entry, turn_ids, latency_ms=latency_ms, result=result)
-        self._book.end([done], now)
-        self._attempts.rest()
-
-    def _acted(self, interrupt: Entry) -> bool:
-        """Whether this interrupt, delivered before, has silenced already; it must not silence what came after it."""
-        return self._book.known(interrupt) or interrupt.key in self._book.memory.state.silenced
-
     def _in_call(self) -> tuple[Entry, ...]:
-        """The entries whose fate hangs on a call that is under way, or may have had its effect."""
-        if not self._calling and not self._speech.perhaps_said:
+        """The entries whose fate hangs on the call that is under way."""
+        if self._calling is None or isinstance(self._calling, CallInterrupt):
             return ()
         piece = self._speech.piece
         return tuple(part.entry for part in piece.parts) if piece else (self._book.head,)
+
+    def _note_busy(self) -> None:
+        """Whoever serves the conversation next waits until what is under way now is surely over."""
+        busy_until = max(self._busy_until, self._interrupts.busy_until)
+        if busy_until != self._book.memory.state.busy_until:
+            self._book.memory.update(busy_until=busy_until)

@@ -85,6 +85,8 @@ class State:
     avatar falls silent. `heard_last`: the turn whose text the API took last, with those whose text it may have taken
     since. `silenced`: what interrupts that have not ended have done, by entry key: turns, and the chunks each has lost.
     `doubtful`: chunks, by entry key, that were perhaps said in an attempt that could not be repeated as it was.
+    `fences`: the interrupts whose express copy has acted and whose ordered copy is still to come, and since when.
+    `partition`: where the conversation's commands came from last.
     """
 
     number: int = 0
@@ -95,6 +97,8 @@ class State:
     heard_last: frozenset[str] = frozenset()
     silenced: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     doubtful: frozenset[str] = frozenset()
+    fences: Mapping[str, float] = field(default_factory=dict)
+    partition: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,8 @@ class Entry:
 
     `key` names the command in event ids: its `message_id`, or something random where it has none. `born` is where its
     age counts from. `delivery` is the broker's side of it, which the core only passes on. A command that an operator
-    sends again leads another life: its key is another, and `replay` names what it was sent again with.
+    sends again leads another life: its key is another, and `replay` names what it was sent again with. `express`: the
+    copy of an interrupt that overtakes; it is not queued.
     """
 
     command: Command
@@ -34,6 +35,7 @@ class Entry:
     traceparent: str | None = None
     reply_to: ReplyTo | None = None
     replay: str = ""
+    express: bool = False
 
     @property
     def known_as(self) -> str | None:

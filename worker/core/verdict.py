@@ -55,10 +55,11 @@ class Answer:
 class Conclusion:
     """An end, ready to be carried out in this order: park, tell, answer, acknowledge.
 
-    `entries` end with it. `before` and `after` are events that go with it: a turn that begins or is over by it.
+    `entries` end with it; `event` is None where that was told already. `before` and `after` are events that go with it:
+    a turn that begins or is over by it.
     """
 
-    event: Event
+    event: Event | None
     entries: tuple[Entry | Misfit, ...] = ()
     parked: Parked | None = None
     answer: Answer | None = None
@@ -68,7 +69,14 @@ class Conclusion:
     @property
     def events(self) -> tuple[Event, ...]:
         """All it tells, in order."""
-        return (*self.before, self.event, *self.after)
+        return (*self.before, *((self.event,) if self.event else ()), *self.after)
+
+    @property
+    def subject(self) -> str:
+        """The conversation it belongs to, or `$invalid`."""
+        if self.event is not None:
+            return self.event.subject
+        return next(entry.command.conversation_id for entry in self.entries if isinstance(entry, Entry))
 
 
 def _ids(entries: Sequence[Entry]) -> tuple[str, ...]:
@@ -173,6 +181,12 @@ def turn_interrupted(conversation_id: str, turn_id: str, interrupt: Entry, disca
     return Event(conversation_id, data, f"{turn_id}\n{interrupt.key}", interrupt.traceparent)
 
 
+def turn_fenced(conversation_id: str, turn_id: str, interrupt_key: str) -> Conclusion:
+    """The turn is silent because a chunk of it was overtaken by an interrupt; the chunk ends by itself."""
+    data = TurnInterrupted(turn_id=turn_id, discarded_commands=1)
+    return Conclusion(Event(conversation_id, data, f"{turn_id}\n{interrupt_key}"))
+
+
 def turn_failed(conversation_id: str, entry: Entry, reason: SpeechFailure | Literal["expired"]) -> Event:
     """The turn is silent because `entry`, a chunk of it, failed or expired."""
     turn_id = speak_of(entry).turn_id
@@ -182,11 +196,11 @@ def turn_failed(conversation_id: str, entry: Entry, reason: SpeechFailure | Lite
 
 def interrupt_done(
     conversation_id: str, entry: Entry, turn_ids: Sequence[str], *, latency_ms: int, result: CallResult | None
-) -> Conclusion:
+) -> Event:
     """The interrupt has acted; `result` is None where there was nothing to call."""
     status = None if result is None else (result.status or 0)
     data = InterruptDone(command_ids=_ids([entry]), turn_ids=tuple(turn_ids), latency_ms=latency_ms, api_status=status)
-    return Conclusion(Event(conversation_id, data, entry.key, entry.traceparent), (entry,))
+    return Event(conversation_id, data, entry.key, entry.traceparent)
 
 
 def session_ready(conversation_id: str, session: Session, entry: Entry | None) -> Conclusion:

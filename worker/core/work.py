@@ -51,7 +51,7 @@ class Say:
 
 @dataclass(frozen=True, slots=True)
 class CallInterrupt:
-    """Call `interrupt` once."""
+    """Call `interrupt` once more, now that the say it met has returned."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -90,6 +90,24 @@ class Desk:
             )
         return result, got
 
+    async def interrupt(self, conversation_id: str) -> CallResult:
+        """Tell the API at once, whoever holds the line: it is harmless, and late it is useless."""
+        lease = self.leases.get(conversation_id)
+        if lease is None:
+            return CallResult(CallKind.STALE)
+        session_id = lease.held.session.session_id
+        try:
+            result = await self.api.interrupt(lease.held.session)
+        except Exception as error:  # noqa: BLE001 - a bug of ours must not leave the lane waiting for an answer
+            result = CallResult(CallKind.UNKNOWN, error=type(error).__name__)
+            _log.exception(logs.CALL_FAILED, conversation_id=conversation_id, call=CallInterrupt.__name__)
+        if result.kind is CallKind.GONE:
+            lease = self.leases.get(conversation_id)
+            if lease is None or lease.held.session.session_id != session_id:
+                return CallResult(CallKind.STALE)
+            await self.drop(conversation_id)
+        return result
+
     async def _call(self, conversation_id: str, call: Call) -> tuple[CallResult, Session | Viewer | None]:
         match call:
             case Open():

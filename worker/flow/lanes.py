@@ -2,21 +2,30 @@
 
 import asyncio
 import contextvars
+from collections.abc import Callable
+from dataclasses import replace
+
+import structlog
 
 from worker.core import verdict
 from worker.core.breaker import Breaker
 from worker.core.model import Entry, Misfit
 from worker.core.work import Rules
 from worker.flow.desk import Desk
-from worker.flow.runner import Runner
+from worker.flow.runner import ExpressDelivery, Runner
 from worker.flow.settler import Settler
+from worker.ops import logs
 from worker.ports import Clock, Ledger, Tenure
+
+_log = structlog.stdlib.get_logger(__name__)
 
 
 class Lanes:
     """Routes what is delivered to the runner of its conversation, by a plain call: no await between broker and lane."""
 
     def __init__(self, rules: Rules, *, desk: Desk, ledger: Ledger, settler: Settler, clock: Clock) -> None:
+        self.tenure_of: Callable[[int], Tenure | None] = lambda _: None
+        """The tenure under which this worker owns a partition just now, if it does: the inbox knows."""
         self._rules = rules
         self._breaker = Breaker()
         self._desk = desk
@@ -36,6 +45,31 @@ class Lanes:
         if runner is None:
             runner = self._start(conversation_id)
         runner.offer(entry)
+
+    def hear(self, entry: Entry) -> None:
+        """Take the express copy of an interrupt; whoever does not own its conversation lets it pass."""
+        if self._stopping:
+            return
+        runner = self._runners.get(entry.command.conversation_id)
+        if runner is not None:
+            runner.hear(entry)
+        else:
+            task = asyncio.create_task(self._hear_idle(entry), context=contextvars.Context())
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _hear_idle(self, entry: Entry) -> None:
+        """Nobody serves the conversation here; it is ours if its partition is, and it may be speaking still."""
+        conversation_id = entry.command.conversation_id
+        try:
+            partition = await self._ledger.partition_of(conversation_id)
+        except Exception as error:  # noqa: BLE001 - whatever keeps us from knowing, the ordered copy comes
+            _log.error(logs.STORE_FAILED, conversation_id=conversation_id, error=str(error))
+            return
+        tenure = None if partition is None else self.tenure_of(partition)
+        if tenure is not None and not self._stopping:
+            runner = self._runners.get(conversation_id) or self._start(conversation_id)
+            runner.offer(replace(entry, delivery=ExpressDelivery(tenure)))
 
     def reject(self, misfit: Misfit) -> None:
         """Take a message that is no command."""

@@ -9,15 +9,18 @@ of reach) is dropped too, and built again from what it held, after a pause; its 
 import asyncio
 import random
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import structlog
 
+from schemas.commands import Interrupt
 from worker.core.book import Book
 from worker.core.breaker import Breaker
 from worker.core.lane import Lane
 from worker.core.memory import Memory
-from worker.core.model import CallResult, Entry, Session
+from worker.core.model import CallKind, CallResult, Entry, Session
 from worker.core.verdict import Conclusion
 from worker.core.work import Call, Rules, Say, Wait
 from worker.errors import LinkLost
@@ -30,6 +33,7 @@ _log = structlog.stdlib.get_logger(__name__)
 
 PAUSE_S = 1.0
 LONGEST_PAUSE_S = 30.0
+GATHER_S = 0.02
 INTENT_S = 1.0
 """An intent older than this is not acted on, but written anew."""
 LINGER_S = 2.0
@@ -63,13 +67,24 @@ class Runner:
         self._memory = Memory()
         self._book = Book(conversation_id, self._memory)
         self._lane = Lane(self._book, rules)
+        self._admitting = asyncio.Lock()
+        self._in_call = False
+        self._errands: set[asyncio.Task[None]] = set()
         self._wake = asyncio.Event()
         self._stopping = asyncio.Event()
 
     def offer(self, entry: Entry) -> None:
-        """Take a command; the lane has it as soon as no call is under way."""
+        """Take a command; the lane has it as soon as no call is under way, an interrupt at once."""
         self._arrived.append(entry)
         self._wake.set()
+        if self._in_call and isinstance(entry.command, Interrupt):
+            self._start(self._hear())
+
+    def hear(self, entry: Entry) -> None:
+        """Take the express copy of an interrupt, under whatever tenure the conversation is served."""
+        tenure = self._tenure or (tenure_of(self._arrived[0]) if self._arrived else None)
+        if tenure is not None:
+            self.offer(replace(entry, delivery=ExpressDelivery(tenure)))
 
     def forget(self, tenure: Tenure) -> None:
         """The tenure has ended: what it brought will be delivered again, to whoever owns the partition then."""
@@ -85,6 +100,15 @@ class Runner:
 
     async def run(self) -> None:
         """Serve the conversation until nothing is left to do."""
+        try:
+            await self._serve_on()
+            if self._errands:
+                await asyncio.wait(self._errands)
+        finally:
+            for errand in self._errands:
+                errand.cancel()
+
+    async def _serve_on(self) -> None:
         pause_s = PAUSE_S
         while not self._stopping.is_set():
             try:
@@ -98,14 +122,19 @@ class Runner:
 
     async def _serve(self) -> None:
         while not self._stopping.is_set():
+            if self._memory.state.fences:
+                # Behind a fence a backlog is thrown away: a few events that list many commands, not many of one.
+                await _before(self._stopping, GATHER_S)
             self._wake.clear()
-            await self._admit()
+            async with self._admitting:
+                await self._admit()
+            self._tell_interrupts()
             now = self._clock()
             step = self._lane.next(now, self._breaker.hold_until(now))
             if step.work is None:
                 self._submit(step.conclusions)
                 await _before(self._wake, LINGER_S)
-                if not self._arrived:
+                if not self._arrived and not self._errands:
                     return
                 if self._tenure is not None and self.conversation_id not in self._desk.leases:
                     self._lane.begin(await self._desk.recall(self.conversation_id))
@@ -115,10 +144,39 @@ class Runner:
             else:
                 result = None
                 self._breaker.begin()
+                self._in_call = True
                 try:
                     result = await self._call(step.work, step.conclusions)
                 finally:
+                    self._in_call = False
                     self._breaker.record(result, self._clock())
+
+    async def _hear(self) -> None:
+        """Admit what has arrived although a call is under way: an interrupt is among it."""
+        try:
+            async with self._admitting:
+                if self._in_call and self._tenure is not None:
+                    await self._admit()
+        except Exception:  # noqa: BLE001 - it has still arrived, and is admitted after the call
+            _log.exception(logs.LANE_CRASHED, conversation_id=self.conversation_id)
+        self._tell_interrupts()
+
+    def _tell_interrupts(self) -> None:
+        """Call the API's interrupt beside whatever is under way."""
+        for entry in self._lane.take_interrupts():
+            self._start(self._interrupt(self._lane, entry))
+
+    async def _interrupt(self, lane: Lane, entry: Entry) -> None:
+        result = await self._desk.interrupt(self.conversation_id)
+        if lane is self._lane:
+            told = None if result.kind is CallKind.STALE else result
+            self._submit(lane.interrupted(entry, told, self._clock()))
+            self._wake.set()
+
+    def _start(self, errand: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(errand)
+        self._errands.add(task)
+        task.add_done_callback(self._errands.discard)
 
     async def _admit(self) -> None:
         """Hand what has arrived to the lane, once it is known whether it ended before."""
@@ -127,7 +185,7 @@ class Runner:
         while self._arrived:
             tenure = tenure_of(self._arrived[0])
             if tenure is not self._tenure:
-                if len(self._lane):
+                if self._in_call or len(self._lane):
                     return
                 await self._begin(tenure)
                 continue
@@ -157,6 +215,8 @@ class Runner:
             return
         session = await self._desk.recall(self.conversation_id)
         self._set_up(await self._ledger.recall(self.conversation_id), session)
+        if self._memory.state.partition != tenure.partition:
+            self._memory.update(partition=tenure.partition)
 
     def _set_up(self, memory: Memory, session: Session | None) -> None:
         self._memory = memory
@@ -188,6 +248,8 @@ class Runner:
             return None
 
         def still() -> bool:
+            if isinstance(call, Say) and self._memory.is_silent(call.piece.turn_id):
+                return False
             # Whoever owns the partition next counts the ambiguity wait from when the attempt began.
             return self._tenure is tenure and self._clock() - asked < INTENT_S
 
@@ -200,7 +262,8 @@ class Runner:
     def _rebuild(self, untold: Sequence[Conclusion] = ()) -> None:
         """Put what the lane holds, and what ended there `untold`, back in front: another lane will begin with it."""
         if self._tenure is not None:
-            ended = [entry for conclusion in (*untold, *self._book.take()) for entry in conclusion.entries]
+            told = (*untold, *self._book.take())
+            ended = [entry for one in told for entry in one.entries if isinstance(entry, Entry)]
             self._arrived.extendleft(reversed((*ended, *self._book)))
             self._tenure = None
 
@@ -219,6 +282,17 @@ class Runner:
 
         recorded.add_done_callback(look)
         self._settler.submit(conclusions, recorded)
+
+
+@dataclass(frozen=True, slots=True)
+class ExpressDelivery:
+    """`ports.Delivery` of an express copy: there is nothing to acknowledge."""
+
+    tenure: Tenure
+
+    async def settle(self) -> bool:
+        """Nothing to do."""
+        return True
 
 
 def tenure_of(entry: Entry) -> Tenure:

@@ -35,7 +35,7 @@ class Settler:
     def submit(self, conclusions: Iterable[Conclusion], recorded: Awaitable[Grant] | None = None) -> None:
         """Carry these out after all that was submitted for the same conversation before, and when they are recorded."""
         for conclusion in conclusions:
-            subject = conclusion.event.subject
+            subject = conclusion.subject
             queue = self._queues.get(subject)
             if queue is not None:
                 queue.append(_Submitted(conclusion, recorded))
@@ -68,7 +68,6 @@ class Settler:
 
     async def _carry_out(self, submitted: _Submitted) -> None:
         conclusion = submitted.conclusion
-        event = conclusion.event
         try:
             if submitted.recorded is not None and await submitted.recorded is not Grant.GRANTED:
                 return  # Another worker has taken the conversation over: how this ends is for it to say.
@@ -85,7 +84,7 @@ class Settler:
                 await _delivery(entry.delivery).settle()
         except Exception:  # noqa: BLE001 - one conversation's trouble must not stop the task of another
             # Not acknowledged, so not lost: it comes again with the next connection, and ends as it ended here.
-            _log.exception(logs.SETTLE_FAILED, conversation_id=event.subject, event_type=event.type)
+            _log.exception(logs.SETTLE_FAILED, conversation_id=conclusion.subject)
 
 
 def _delivery(handle: object) -> Delivery:

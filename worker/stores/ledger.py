@@ -92,6 +92,14 @@ class SqlLedger:
         return Memory(_state(row.state), known, version=row.version)
 
     @to_the_end
+    async def partition_of(self, conversation_id: str) -> int | None:
+        """Read from the state."""
+        query = sa.select(conversations.c.state).where(conversations.c.conversation_id == conversation_id)
+        async with self._database.reading() as connection:
+            state = (await connection.execute(query)).scalar_one_or_none()
+        return None if state is None else _state(state).partition
+
+    @to_the_end
     async def known(self, conversation_id: str, message_ids: Sequence[str]) -> dict[str, Ended]:
         """One look-up for all."""
         async with self._database.reading() as connection:
@@ -295,5 +303,6 @@ def _state(text: str) -> State:
     if attempt is not None:
         parts = tuple(SentPart(**part) for part in attempt.pop("parts"))
         attempt = Attempt(parts=parts, **attempt)
-    sets = {name: frozenset(document.pop(name)) for name in ("heard_last", "doubtful")}
-    return State(attempt=attempt, **sets, **document)
+    for name in ("heard_last", "doubtful"):
+        document[name] = frozenset(document[name])
+    return State(attempt=attempt, **document)
