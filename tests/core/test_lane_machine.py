@@ -1,4 +1,4 @@
-"""Any commands, any outcomes, any time, workers that die or lose their partition at any moment: the promise holds.
+"""Any commands, any outcomes, any time, workers that die or lose their partition, express copies: the promise holds.
 
 The broker keeps what is not acknowledged, and delivers it again in order; the ledger keeps what was written; the API
 keeps what it has heard.
@@ -26,6 +26,7 @@ from tests.support.conversation import (
     Conversation,
     Outdated,
     entry,
+    express,
     wire,
 )
 from worker.core.lane import Lane
@@ -67,6 +68,8 @@ class LaneMachine(RuleBasedStateMachine):
         super().__init__()
         self.talk = Conversation()
         self.unacked: list[Published] = []
+        self.backlog: list[Published] = []
+        self.slow = False
         self.delivered: set[Entry] = set()
         self.heard: list[str] = []
         self.zombie: Zombie | None = None
@@ -90,12 +93,25 @@ class LaneMachine(RuleBasedStateMachine):
     def publish(self, message_id: str | None, body: dict[str, Any]) -> Published:
         message = Published(message_id, self.talk.now, body)
         self.unacked.append(message)
-        self.deliver(message.delivered())
+        self.backlog.append(message)
+        if not self.slow:
+            self.catch_up()
         return message
 
     def deliver(self, one: Entry) -> None:
         self.delivered.add(one)
         self.careful(lambda: self.talk.offer(one))
+
+    @rule()
+    def fall_behind(self) -> None:
+        """From now on what is published waits in the broker; express copies overtake it."""
+        self.slow = True
+
+    @rule()
+    def catch_up(self) -> None:
+        self.slow = False
+        while self.backlog:
+            self.deliver(self.backlog.pop(0).delivered())
 
     @rule(target=published, turn=_TURNS, final=st.booleans(), pad=st.sampled_from([0, 0, 0, 600, 1500]))
     def speak(self, turn: str, final: bool, pad: int) -> Published:
@@ -116,6 +132,12 @@ class LaneMachine(RuleBasedStateMachine):
     def interrupt(self, turn: str | None) -> Published:
         self.numbers += 1
         return self.publish(f"m{self.numbers}", {"type": "interrupt"} | ({"turnId": turn} if turn else {}))
+
+    @rule(message=published)
+    def overtake(self, message: Published) -> None:
+        """An express copy comes: before its ordered one, after it, long after it, twice, or never."""
+        if message.body.get("type") == "interrupt":
+            self.careful(lambda: self.talk.offer(express(message.delivered())))
 
     @rule(
         target=published,
@@ -151,10 +173,12 @@ class LaneMachine(RuleBasedStateMachine):
     def look(self) -> None:
         work = self.talk.next()
         if work is not None and not isinstance(work, Wait):
+            assert not self.talk.telling, "nothing new while the API is being told of an interrupt"
             assert self.talk.now >= self.busy_until, "a call whose answer was lost counts as running"
             self.begun = self.talk.now
         if isinstance(work, Say):
             assert work.piece.text.strip()
+            assert not self.talk.memory.is_silent(work.piece.turn_id)
             assert len(work.piece.text) <= 1000
 
     @precondition(lambda self: self.talk.calling is not None)
@@ -164,8 +188,15 @@ class LaneMachine(RuleBasedStateMachine):
         assert call is not None
         result = self.result_of(call, data)
         if result is UNKNOWN:
-            self.busy_until = self.begun + 2.0
+            self.busy_until = max(self.busy_until, self.begun + 2.0)
         self.careful(lambda: self.talk.done(result, jitter=data.draw(st.sampled_from([0.0, 0.5]))))
+
+    @precondition(lambda self: self.talk.telling)
+    @rule(result=st.sampled_from(_ON_SESSION))
+    def answer_interrupt(self, result: CallResult) -> None:
+        if result is UNKNOWN:
+            self.busy_until = max(self.busy_until, self.talk.told_at[0] + 2.0)
+        self.careful(lambda: self.talk.interrupted(result))
 
     def result_of(self, call: Call, data: st.DataObject) -> CallResult:
         """What a call comes to, and what the API has heard of it."""
@@ -201,8 +232,10 @@ class LaneMachine(RuleBasedStateMachine):
 
     def redeliver(self) -> None:
         """The lane is gone; another one begins, and what was not acknowledged comes to it."""
+        self.busy_until = max(self.busy_until, *(told_at + 2.0 for told_at in self.talk.told_at), 0.0)
         self.talk.forget()
         self.delivered = set()
+        self.backlog = []
         for message in self.unacked:
             self.deliver(message.delivered(again=True))
 
@@ -210,7 +243,7 @@ class LaneMachine(RuleBasedStateMachine):
     def die(self, data: st.DataObject) -> None:
         """A call under way has had its effect or not, the last ends may not have been told."""
         if self.talk.calling is not None:
-            self.busy_until = self.begun + 2.0
+            self.busy_until = max(self.busy_until, self.begun + 2.0)
             if data.draw(st.booleans()):
                 self.hear(self.talk.calling)
         del self.talk.conclusions[data.draw(st.integers(self.sure, len(self.talk.conclusions))) :]
@@ -229,7 +262,7 @@ class LaneMachine(RuleBasedStateMachine):
         result = self.result_of(self.talk.calling, data)
         got = self.talk.brings(self.talk.calling) if result.kind is CallKind.OK else None
         self.talk.lane.done(self.talk.calling, result, self.talk.now, got=got)
-        self.busy_until = self.begun + 2.0
+        self.busy_until = max(self.busy_until, self.begun + 2.0)
         self.redeliver()
 
     @precondition(lambda self: self.talk.calling is not None)
@@ -237,7 +270,7 @@ class LaneMachine(RuleBasedStateMachine):
     def lose_the_partition_while_calling(self) -> None:
         assert self.talk.calling is not None
         self.zombie = Zombie(self.talk.lane, self.talk.memory, self.talk.calling, self.talk.now)
-        self.busy_until = self.begun + 2.0
+        self.busy_until = max(self.busy_until, self.begun + 2.0)
         self.redeliver()
 
     @precondition(lambda self: self.zombie is not None)
@@ -263,7 +296,7 @@ class LaneMachine(RuleBasedStateMachine):
         for conclusion in self.talk.conclusions:
             for one in conclusion.entries:
                 assert isinstance(one, Entry)
-                if one.message_id is not None:
+                if one.message_id is not None and conclusion.event is not None:
                     assert one.message_id in wire(conclusion.event)["commandIds"]
                     terminal.setdefault((one.message_id, one.fingerprint), set()).add(conclusion.event.id("s"))
         assert all(len(ids) == 1 for ids in terminal.values()), terminal
@@ -309,7 +342,10 @@ class LaneMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         """When the API answers well again, everything ends and nothing is left."""
+        self.catch_up()
         for _ in range(1000):
+            while self.talk.telling:
+                self.careful(self.talk.interrupted)
             if self.talk.calling is not None:
                 self.hear(self.talk.calling)
                 self.careful(self.talk.done)
@@ -322,7 +358,10 @@ class LaneMachine(RuleBasedStateMachine):
         ended = {one.delivery for conclusion in self.talk.conclusions for one in conclusion.entries}
         assert ended >= set(self.unacked)
         state = self.talk.written.recall().state
-        assert (state.attempt, state.busy_until, state.spoken, state.silenced) == (None, 0.0, {}, {})
+        assert (state.attempt, state.spoken, state.silenced, state.fences) == (None, {}, {}, {})
+        assert state.busy_until <= max(self.busy_until, 0.0)
+        told = {message_id for event in self.talk.events for message_id in wire(event).get("commandIds", ())}
+        assert told >= {message.message_id for message in self.unacked if message.message_id is not None}
         self.one_event_id_a_command()
         self.one_delivery_ends_once()
         self.one_event_id_one_meaning()

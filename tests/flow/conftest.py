@@ -2,10 +2,10 @@
 
 import asyncio
 from collections import defaultdict
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
@@ -23,6 +23,8 @@ from worker.flow.settler import Settler
 from worker.ports import Grant
 from worker.stores.database import Database
 from worker.stores.ledger import SqlLedger
+
+_T = TypeVar("_T")
 
 
 class HeldLedger(SqlLedger):
@@ -47,7 +49,7 @@ class HeldLedger(SqlLedger):
         asked = super().record(conversation_id, changes, outcome=outcome)
         return asyncio.create_task(self._hold("record", asked))
 
-    async def _hold(self, method: str, asked: Any) -> Any:
+    async def _hold(self, method: str, asked: Awaitable[_T]) -> _T:
         self.asked[method] += 1
         answer = await asked
         if method in self.gates:

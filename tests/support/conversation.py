@@ -127,7 +127,7 @@ class Outdated(Exception):  # noqa: N818
 class Conversation:
     """One lane with a clock that stands still; what it tells is kept in `conclusions`.
 
-    `telling`: the interrupts the API is being told of just now, beside the call under way.
+    `telling`: the interrupts the API is being told of just now, beside the call under way, since `told_at`.
     """
 
     rules: Rules = RULES
@@ -148,6 +148,7 @@ class Conversation:
         self.lane.begin(session)
         self.calling: Call | None = None
         self.telling: list[Entry] = []
+        self.told_at: list[float] = []
 
     def offer(self, *entries: Entry) -> "Conversation":
         """Deliver commands."""
@@ -157,12 +158,14 @@ class Conversation:
             self._tell(self.lane.offer(one, self.now))
             calls = self.lane.take_interrupts()
             self.telling += calls
+            self.told_at += [self.now] * len(calls)
             self.works += [CallInterrupt() for _ in calls]
         return self
 
     def interrupted(self, result: CallResult = OK) -> "Conversation":
         """The API answers the oldest interrupt it is being told of."""
         told = None if result.kind is CallKind.STALE else result
+        self.told_at.pop(0)
         self._tell(self.lane.interrupted(self.telling.pop(0), told, self.now))
         return self
 

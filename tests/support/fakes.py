@@ -45,12 +45,16 @@ class FakeClock:
 
 @dataclass
 class FakeApi:
-    """The Avatar API. `results` are used up one a call, by verb; `gates` hold back the answer of a verb until set."""
+    """The Avatar API. `results` are used up one a call, by verb; `gates` hold back the answer of a verb until set.
+
+    An interrupt may come beside another call; no say may begin beside an interrupt.
+    """
 
     results: dict[str, list[CallResult | Exception]] = field(default_factory=dict)
     gates: dict[str, asyncio.Event] = field(default_factory=dict)
     calls: list[tuple[str, str, str]] = field(default_factory=list)
     running: dict[str, int] = field(default_factory=dict)
+    interrupting: dict[str, int] = field(default_factory=dict)
     overlaps: int = 0
     _sessions: Iterator[int] = field(default_factory=lambda: count(1))
 
@@ -65,8 +69,12 @@ class FakeApi:
 
     async def _call(self, verb: str, session_id: str, text: str = "") -> CallResult:
         self.calls.append((verb, session_id, text))
-        self.overlaps += self.running.get(session_id, 0)
-        self.running[session_id] = self.running.get(session_id, 0) + 1
+        running = self.interrupting if verb == "interrupt" else self.running
+        if verb != "interrupt":
+            self.overlaps += running.get(session_id, 0)
+            if verb == "say":
+                self.overlaps += self.interrupting.get(session_id, 0)
+        running[session_id] = running.get(session_id, 0) + 1
         try:
             gate = self.gates.get(f"{verb} {text}") or self.gates.get(verb)
             if gate is not None:
@@ -74,7 +82,7 @@ class FakeApi:
             else:
                 await asyncio.sleep(0)
         finally:
-            self.running[session_id] -= 1
+            running[session_id] -= 1
         results = self.results.get(verb)
         result = results.pop(0) if results else OK
         if isinstance(result, Exception):
