@@ -137,7 +137,7 @@ class Ledger(Protocol):
     """
 
     async def recall(self, conversation_id: str) -> Memory:
-        """What is known of the conversation, after all writes asked for here; its ended commands are looked up apart."""
+        """What is known of the conversation after all writes asked for here; its ended commands are looked up apart."""
 
     async def known(self, conversation_id: str, message_ids: Sequence[str]) -> dict[str, Ended]:
         """Which of these commands have ended, and how."""

@@ -2,10 +2,10 @@
 
 import asyncio
 from collections import defaultdict
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
@@ -23,6 +23,8 @@ from worker.flow.settler import Settler
 from worker.ports import Grant
 from worker.stores.database import Database
 from worker.stores.ledger import SqlLedger
+
+_T = TypeVar("_T")
 
 
 class HeldLedger(SqlLedger):
@@ -47,7 +49,7 @@ class HeldLedger(SqlLedger):
         asked = super().record(conversation_id, changes, outcome=outcome)
         return asyncio.create_task(self._hold("record", asked))
 
-    async def _hold(self, method: str, asked: Any) -> Any:
+    async def _hold(self, method: str, asked: Awaitable[_T]) -> _T:
         self.asked[method] += 1
         answer = await asked
         if method in self.gates:
@@ -71,9 +73,7 @@ class Flow:
         self.settler = Settler(self.outbox)
         self.desk = Desk(self.api, self.store, self.owner, self.clock)
         self.ledger = HeldLedger(self.database, self.clock)
-        self.lanes = Lanes(
-            self.rules, desk=self.desk, ledger=self.ledger, settler=self.settler, clock=self.clock
-        )
+        self.lanes = Lanes(self.rules, desk=self.desk, ledger=self.ledger, settler=self.settler, clock=self.clock)
         self.keeper = Keeper(
             self.desk,
             self.clock,

@@ -174,7 +174,9 @@ class TestLeases:
         assert not other.desk.leases
         assert flow.store.rows["c1"][1] == "w1"
 
-    async def test_the_sessions_of_a_dead_worker_are_adopted_before_the_api_misses_it(self, flow: Flow, fleet: Fleet) -> None:
+    async def test_the_sessions_of_a_dead_worker_are_adopted_before_the_api_misses_it(
+        self, flow: Flow, fleet: Fleet
+    ) -> None:
         dead = fleet.join("dead")
         await dead.call("c1", OPEN)
         dead.api.calls.clear()

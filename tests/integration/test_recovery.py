@@ -91,8 +91,12 @@ class Catcher:
         pass
 
 
+async def raise_epoch(_: int) -> int:
+    return 1
+
+
 async def consume(connection: AbstractConnection, catcher: Catcher) -> tuple[Inbox, "asyncio.Task[None]"]:
-    inbox = Inbox(catcher, wanted=Record(1, STORE), worker="w", prefetch=10, clock=SteadyClock())
+    inbox = Inbox(catcher, raise_epoch, wanted=Record(1, STORE), worker="w", prefetch=10, clock=SteadyClock())
     task = asyncio.create_task(inbox.session(connection))
     async with asyncio.timeout(10):
         await inbox.ready.wait()

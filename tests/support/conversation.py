@@ -80,7 +80,7 @@ def interrupt(turn_id: str | None = None, *, message_id: str | None = "", **enve
 class Written:
     """What the ledger has of one conversation, in its own format."""
 
-    version: int = 0
+    version: str = ""
     state: str = ""
     turns: dict[str, Turn] = field(default_factory=dict)
     ended: dict[str, Any] = field(default_factory=dict)
@@ -91,10 +91,10 @@ class Written:
             attempt = self.recall().state.attempt
             mine = attempt is not None and self.recall().state.number == changes.state.number
         else:
-            mine = changes.version == self.version
+            mine = changes.base == self.version
         if not mine:
             return False
-        self.version += 1
+        self.version = changes.version
         self.state = json.dumps(asdict(changes.state), default=sorted)
         self.turns |= changes.turns
         for message_id, ended in changes.ended.items():
@@ -105,9 +105,9 @@ class Written:
     def recall(self) -> Memory:
         """See `ports.Ledger`, here and below."""
         if not self.version:
-            return Memory()
+            return Memory(writer=f"w{next(_numbers)}")
         turns = {turn_id: replace(turn) for turn_id, turn in self.turns.items()}
-        return Memory(ledger._state(self.state), turns, version=self.version)
+        return Memory(ledger._state(self.state), turns, version=self.version, writer=f"w{next(_numbers)}")
 
     def known(self, message_id: str | None) -> dict[str, Ended]:
         """How the command has ended, if it has."""
@@ -139,6 +139,7 @@ class Conversation:
         self.lane = Lane(self.book, self.rules)
         self.lane.begin(session)
         self.calling: Call | None = None
+        self.begun = 0.0
 
     def offer(self, *entries: Entry) -> "Conversation":
         """Deliver commands."""
@@ -160,7 +161,7 @@ class Conversation:
         self._tell(step.conclusions)
         self.works.append(step.work)
         if step.work is not None and not isinstance(step.work, Wait):
-            self.calling = step.work
+            self.calling, self.begun = step.work, self.now
         return step.work
 
     def done(self, result: CallResult = OK, *, jitter: float = 1.0) -> "Conversation":
@@ -168,7 +169,8 @@ class Conversation:
         call, self.calling = self.calling, None
         assert call is not None
         got = self.brings(call) if result.kind is CallKind.OK else None
-        self._tell(self.lane.done(call, result, self.now, got=got, jitter=jitter), outcome=isinstance(call, Say))
+        told = self.lane.done(call, result, self.now, begun=self.begun, got=got, jitter=jitter)
+        self._tell(told, outcome=isinstance(call, Say))
         return self
 
     def brings(self, call: Call) -> Session | Viewer | None:
