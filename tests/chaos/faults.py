@@ -6,7 +6,7 @@ import random
 import signal
 import sqlite3
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -53,7 +53,7 @@ FULL = Demand(
     {Fault.KILL: 8, Fault.TERM: 2, Fault.STOP: 2, Fault.RESTART: 1, Fault.CUT: 2, Fault.HOLE: 1},
     dropped=0.005,
 )
-SHORT = Demand(12.0, {Fault.KILL: 2, Fault.STOP: 1, Fault.CUT: 1}, dropped=0.0)
+SHORT = Demand(10.0, {Fault.KILL: 2, Fault.STOP: 1, Fault.CUT: 1}, dropped=0.0)
 
 
 def api_faults(seed: int) -> list[dict[str, Any]]:
@@ -200,7 +200,7 @@ class Saboteur:
             await asyncio.sleep(0.05)
 
     async def _kill(self, victim: Worker) -> None:
-        await self._say_under_way()
+        await self._say_under_way(victim)
         note = self._note(Fault.KILL, victim.name)
         victim.send(signal.SIGKILL)
         self._end(note)
@@ -248,14 +248,14 @@ class Saboteur:
             group.create_task(self._watch_intents(note, HOLE_S))
         self._end(note)
 
-    async def _say_under_way(self) -> None:
+    async def _say_under_way(self, speaker: Worker) -> None:
         """Wait a moment for one, so that few kills strike an idle worker."""
-        for _ in range(100):
-            routes = (await self._simulator.control("GET", "counters"))["routes"]
-            said = routes.get("say-text", {"begun": 0, "finished": 0})
-            if said["begun"] > said["finished"]:
+        known = self._begun(speaker)
+        for _ in range(200):
+            await asyncio.sleep(0.005)
+            if self._begun(speaker) - known:
+                await asyncio.sleep(0.02)
                 return
-            await asyncio.sleep(0.01)
 
     async def _watch_intents(self, note: Happened, seconds: float) -> None:
         """Whoever has lost its link goes on for as long as it does not know."""
@@ -286,7 +286,18 @@ class Saboteur:
         note.ended = time.monotonic()
 
     def _intents(self) -> set[tuple[str, str]]:
+        """The pieces whose outcome is not known, by conversation."""
+        return {(conversation, attempt["text"]) for conversation, _, attempt in self._attempts()}
+
+    def _begun(self, speaker: Worker) -> set[tuple[str, float]]:
+        """When each of them was begun that this worker says."""
+        return {(conversation, one["begun"]) for conversation, owner, one in self._attempts() if owner == speaker.name}
+
+    def _attempts(self) -> Iterator[tuple[str, str, dict[str, Any]]]:
+        query = "SELECT conversation_id, owner, state FROM conversations LEFT JOIN sessions USING (conversation_id)"
         with closing(sqlite3.connect(f"file:{self._ledger}?mode=ro", uri=True, timeout=5)) as connection:
-            rows = connection.execute("SELECT conversation_id, state FROM conversations").fetchall()
-        attempts = ((conversation, json.loads(state)["attempt"]) for conversation, state in rows)
-        return {(conversation, attempt["text"]) for conversation, attempt in attempts if attempt is not None}
+            rows = connection.execute(query).fetchall()
+        for conversation, owner, state in rows:
+            attempt = json.loads(state)["attempt"]
+            if attempt is not None:
+                yield conversation, owner, attempt

@@ -32,7 +32,7 @@ from tests.support.conversation import (
 from worker.core.lane import Lane
 from worker.core.memory import Memory
 from worker.core.model import CallKind, CallResult, Entry
-from worker.core.work import Attach, Call, Open, Say, Wait
+from worker.core.work import INTENT_S, Attach, Call, Open, Say, Wait
 
 _TURNS = st.sampled_from(["t1", "t2", "t3"])
 _OPEN = [OK, OK, NOT_TAKEN, UNKNOWN, REFUSED, DENIED, CallResult(CallKind.NOT_TAKEN, 429)]
@@ -58,7 +58,7 @@ class Zombie:
     lane: Lane
     memory: Memory
     call: Call
-    now: float
+    begun: float
 
 
 class LaneMachine(RuleBasedStateMachine):
@@ -75,7 +75,7 @@ class LaneMachine(RuleBasedStateMachine):
         self.zombie: Zombie | None = None
         self.numbers = 0
         self.begun = 0.0
-        self.busy_until = 0.0
+        self.busy_until = self.zombie_until = 0.0
         self.sure = 0
 
     @initialize(
@@ -174,7 +174,8 @@ class LaneMachine(RuleBasedStateMachine):
         work = self.talk.next()
         if work is not None and not isinstance(work, Wait):
             assert not self.talk.telling, "nothing new while the API is being told of an interrupt"
-            assert self.talk.now >= self.busy_until, "a call whose answer was lost counts as running"
+            busy_until = max(self.busy_until, self.zombie_until)
+            assert self.talk.now >= busy_until, "a call whose answer was lost counts as running"
             self.begun = self.talk.now
         if isinstance(work, Say):
             assert work.piece.text.strip()
@@ -243,7 +244,7 @@ class LaneMachine(RuleBasedStateMachine):
     def die(self, data: st.DataObject) -> None:
         """A call under way has had its effect or not, the last ends may not have been told."""
         if self.talk.calling is not None:
-            self.busy_until = max(self.busy_until, self.begun + 2.0)
+            self.busy_until = max(self.busy_until, self.begun + INTENT_S + 2.0)
             if data.draw(st.booleans()):
                 self.hear(self.talk.calling)
         del self.talk.conclusions[data.draw(st.integers(self.sure, len(self.talk.conclusions))) :]
@@ -261,16 +262,16 @@ class LaneMachine(RuleBasedStateMachine):
         assert self.talk.calling is not None
         result = self.result_of(self.talk.calling, data)
         got = self.talk.brings(self.talk.calling) if result.kind is CallKind.OK else None
-        self.talk.lane.done(self.talk.calling, result, self.talk.now, got=got)
-        self.busy_until = max(self.busy_until, self.begun + 2.0)
+        self.talk.lane.done(self.talk.calling, result, self.talk.now, begun=self.begun, got=got)
+        self.busy_until = max(self.busy_until, self.begun + INTENT_S + 2.0)
         self.redeliver()
 
     @precondition(lambda self: self.talk.calling is not None)
     @rule()
     def lose_the_partition_while_calling(self) -> None:
         assert self.talk.calling is not None
-        self.zombie = Zombie(self.talk.lane, self.talk.memory, self.talk.calling, self.talk.now)
-        self.busy_until = max(self.busy_until, self.begun + 2.0)
+        self.zombie = Zombie(self.talk.lane, self.talk.memory, self.talk.calling, self.begun)
+        self.zombie_until = self.begun + INTENT_S + 2.0
         self.redeliver()
 
     @precondition(lambda self: self.zombie is not None)
@@ -278,14 +279,14 @@ class LaneMachine(RuleBasedStateMachine):
     def answer_to_the_zombie(self, data: st.DataObject) -> None:
         """What it learns is written if nobody has tried again or decided without it, and told then."""
         assert self.zombie is not None
-        lane, memory, call = self.zombie.lane, self.zombie.memory, self.zombie.call
-        self.zombie = None
+        zombie, self.zombie = self.zombie, None
+        lane, memory, call = zombie.lane, zombie.memory, zombie.call
         result = self.result_of(call, data)
         got = self.talk.brings(call) if result.kind is CallKind.OK else None
-        told = lane.done(call, result, self.talk.now, got=got)
+        told = lane.done(call, result, self.talk.now, begun=zombie.begun, got=got)
         changes = memory.take_changes()
-        assert changes is not None
-        if self.talk.written.write(changes, outcome=isinstance(call, Say)):
+        self.zombie_until = zombie.begun + 2.0 if result is UNKNOWN else 0.0
+        if changes is None or self.talk.written.write(changes, outcome=isinstance(call, Say)):
             self.talk.conclusions += told
 
     # What holds at any time.
@@ -359,7 +360,7 @@ class LaneMachine(RuleBasedStateMachine):
         assert ended >= set(self.unacked)
         state = self.talk.written.recall().state
         assert (state.attempt, state.spoken, state.silenced, state.fences) == (None, {}, {}, {})
-        assert state.busy_until <= max(self.busy_until, 0.0)
+        assert state.busy_until <= max(self.busy_until, self.zombie_until, 0.0)
         told = {message_id for event in self.talk.events for message_id in wire(event).get("commandIds", ())}
         assert told >= {message.message_id for message in self.unacked if message.message_id is not None}
         self.one_event_id_a_command()

@@ -21,7 +21,7 @@ from tests.support.conversation import (
 )
 from worker.core.memory import TurnState
 from worker.core.model import CallKind, CallResult, Entry
-from worker.core.work import CallInterrupt, Close, Open, Rules, Say
+from worker.core.work import INTENT_S, CallInterrupt, Close, Open, Rules, Say
 
 OFF = replace(RULES, shaping="off")
 
@@ -452,8 +452,7 @@ class TestFoundWithoutAnOutcome:
 
     def test_exactly_the_same_is_said_again_alone_after_the_wait_and_flagged(self) -> None:
         talk = self.begun().offer(*self.again())
-        assert talk.waits() == pytest.approx(1.5)
-        talk.now += 1.5
+        assert talk.waits() == pytest.approx(INTENT_S + 1.5)
         talk.settle()
         assert talk.said == [("t1", "ab", True), ("t1", "ab", True), ("t1", "c", True)]
         first, second = talk.of("speech.accepted")
@@ -463,8 +462,8 @@ class TestFoundWithoutAnOutcome:
     def test_its_chunks_are_waited_for(self) -> None:
         first, *others = self.again()
         talk = self.begun().offer(first)
-        talk.now += 3
-        assert talk.waits() > 1
+        talk.now += 4
+        assert talk.waits() > 0.5
         talk.offer(*others).settle()
         assert [text for _, text, _ in talk.said] == ["ab", "ab", "c"]
 
@@ -477,7 +476,7 @@ class TestFoundWithoutAnOutcome:
     def test_skip_does_not_repeat_it(self) -> None:
         chunks = self.again(more=False)
         talk = self.begun(replace(RULES, ambiguous="skip")).offer(*chunks, speak("t2", "c"))
-        assert talk.waits() == pytest.approx(1.5), "what follows waits all the same"
+        assert talk.waits() == pytest.approx(INTENT_S + 1.5), "what follows waits all the same"
         talk.settle()
         assert [talk.ends(one) for one in chunks] == [["speech.failed unknown_outcome"]] * 2
         assert [text for _, text, _ in talk.said] == ["ab", "c"]
@@ -489,10 +488,10 @@ class TestFoundWithoutAnOutcome:
 
     def test_dying_again_changes_nothing(self) -> None:
         talk = self.begun().offer(*self.again(more=False))
-        talk.now += 2
+        talk.now += 3
         assert talk.say().piece.text == "ab"
         talk.forget().offer(*self.again())
-        assert talk.waits() == 2.0
+        assert talk.waits() == INTENT_S + 2
         talk.settle()
         assert [text for _, text, _ in talk.said] == ["ab", "ab", "ab", "c"]
         assert [data.get("possibleDuplicate") for data in talk.of("speech.accepted")] == [True, None]
@@ -542,7 +541,7 @@ class TestFoundWithoutAnOutcome:
     def test_any_other_call_counts_as_running_too(self, call: Entry) -> None:
         talk = Conversation().offer(call)
         assert talk.next() is not None
-        assert talk.forget().offer(speak("t2", "b")).waits() == 2.0
+        assert talk.forget().offer(speak("t2", "b")).waits() == INTENT_S + 2
 
 
 class TestRebuilt:

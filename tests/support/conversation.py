@@ -85,7 +85,7 @@ def express(ordered: Entry) -> Entry:
 class Written:
     """What the ledger has of one conversation, in its own format."""
 
-    version: int = 0
+    version: str = ""
     state: str = ""
     turns: dict[str, Turn] = field(default_factory=dict)
     ended: dict[str, Any] = field(default_factory=dict)
@@ -96,10 +96,10 @@ class Written:
             attempt = self.recall().state.attempt
             mine = attempt is not None and self.recall().state.number == changes.state.number
         else:
-            mine = changes.version == self.version
+            mine = changes.base == self.version
         if not mine:
             return False
-        self.version += 1
+        self.version = changes.version
         self.state = json.dumps(asdict(changes.state), default=sorted)
         self.turns |= changes.turns
         for message_id, ended in changes.ended.items():
@@ -110,13 +110,13 @@ class Written:
     def recall(self) -> Memory:
         """See `ports.Ledger`, here and below."""
         if not self.version:
-            return Memory()
+            return Memory(writer=f"w{next(_numbers)}")
         turns = {turn_id: replace(turn) for turn_id, turn in self.turns.items()}
-        return Memory(ledger._state(self.state), turns, version=self.version)
+        return Memory(ledger._state(self.state), turns, version=self.version, writer=f"w{next(_numbers)}")
 
     def known(self, message_id: str | None) -> dict[str, Ended]:
         """How the command has ended, if it has."""
-        return {message_id: ledger._ended(self.ended[message_id])} if message_id in self.ended else {}
+        return {message_id: ledger.ended_of(self.ended[message_id])} if message_id in self.ended else {}
 
 
 class Outdated(Exception):  # noqa: N818
@@ -149,6 +149,7 @@ class Conversation:
         self.calling: Call | None = None
         self.telling: list[Entry] = []
         self.told_at: list[float] = []
+        self.begun = 0.0
 
     def offer(self, *entries: Entry) -> "Conversation":
         """Deliver commands."""
@@ -181,7 +182,7 @@ class Conversation:
         self._tell(step.conclusions)
         self.works.append(step.work)
         if step.work is not None and not isinstance(step.work, Wait):
-            self.calling = step.work
+            self.calling, self.begun = step.work, self.now
         return step.work
 
     def done(self, result: CallResult = OK, *, jitter: float = 1.0) -> "Conversation":
@@ -189,7 +190,8 @@ class Conversation:
         call, self.calling = self.calling, None
         assert call is not None
         got = self.brings(call) if result.kind is CallKind.OK else None
-        self._tell(self.lane.done(call, result, self.now, got=got, jitter=jitter), outcome=isinstance(call, Say))
+        told = self.lane.done(call, result, self.now, begun=self.begun, got=got, jitter=jitter)
+        self._tell(told, outcome=isinstance(call, Say))
         return self
 
     def brings(self, call: Call) -> Session | Viewer | None:

@@ -66,7 +66,6 @@ class Book:
             self._out.append(conclusion)
             for entry in conclusion.entries:
                 assert isinstance(entry, Entry)
-                assert conclusion.event is not None
                 self._leave(entry)
                 if entry.known_as is not None:
                     ended = Ended(entry.fingerprint, conclusion.event, now, conclusion.before, conclusion.after)
@@ -74,8 +73,9 @@ class Book:
 
     def leave(self, entry: Entry) -> None:
         """End a known entry silently: how its command ended was told a moment ago."""
+        assert entry.known_as is not None
         self._leave(entry)
-        self._out.append(Conclusion(None, (entry,)))
+        self._out.append(Conclusion(self.memory.ended[entry.known_as].event, (entry,), told=True))
 
     def repeat(self, entry: Entry, session: Session | None) -> None:
         """End a known entry: as its command ended, or as rejected if the body is another one."""

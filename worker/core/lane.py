@@ -31,7 +31,7 @@ from worker.core.retry import Attempts
 from worker.core.session_plan import SessionPlan
 from worker.core.speech import Speech
 from worker.core.verdict import Conclusion
-from worker.core.work import Attach, Call, CallInterrupt, InitClient, Open, Rules, Say, Step, Wait, Work
+from worker.core.work import INTENT_S, Attach, Call, CallInterrupt, InitClient, Open, Rules, Say, Step, Wait, Work
 
 INTERRUPT_S = 5.0
 """Longer than the API is given to answer an interrupt; the answer ends the wait."""
@@ -101,7 +101,8 @@ class Lane:
                 work = Wait(now + INTERRUPT_S)
             else:
                 self._calling = work
-                self._busy_until = now + self._rules.ambiguous_wait_s
+                # For whoever has to go by the intent alone: the call may have begun as late as this.
+                self._busy_until = now + INTENT_S + self._rules.ambiguous_wait_s
                 self._note_busy()
                 if not isinstance(work, CallInterrupt):
                     self._attempts.begin(now)
@@ -110,17 +111,24 @@ class Lane:
         return Step(self._book.take(), work)
 
     def done(
-        self, work: Call, result: CallResult, now: float, *, got: Session | Viewer | None = None, jitter: float = 1.0
+        self,
+        work: Call,
+        result: CallResult,
+        now: float,
+        *,
+        begun: float,
+        got: Session | Viewer | None = None,
+        jitter: float = 1.0,
     ) -> tuple[Conclusion, ...]:
-        """Record the outcome of the call handed out last.
+        """Record the outcome of the call handed out last, which was `begun` then.
 
         `got` is the session that Open created, or the Viewer that InitClient fetched. `jitter` is chance in [0, 1).
         """
         assert self._calling is not None
         self._calling = None
-        if result.kind is not CallKind.UNKNOWN:
-            self._busy_until = 0.0
-            self._note_busy()
+        lost = result.kind is CallKind.UNKNOWN
+        self._busy_until = begun + self._rules.ambiguous_wait_s if lost else 0.0
+        self._note_busy()
         match work:
             case _ if result.kind is CallKind.STALE:
                 self._sessions.forget()

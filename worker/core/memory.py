@@ -6,6 +6,7 @@ A lane changes its memory as it goes; `take_changes` hands over what is new sinc
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from itertools import count
 
 from schemas.events import Event
 
@@ -105,10 +106,11 @@ class State:
 class Changes:
     """What is to be written of a conversation: its state, the turns that changed, the commands that ended.
 
-    `version`: of what stood in the ledger when this was decided; it is one higher when this is written.
+    `base`: the version of what this was decided on, "" if there was nothing; `version`: of what it makes of that.
     """
 
-    version: int
+    base: str
+    version: str
     state: State
     turns: Mapping[str, Turn]
     ended: Mapping[str, Ended]
@@ -118,20 +120,27 @@ class Memory:
     """The memory of one conversation.
 
     `ended` holds what was looked up and what has ended since, not all that ever did. `fresh`: the ledger knew nothing
-    of the conversation, so there is nothing to look up.
+    of the conversation, so there is nothing to look up. `version`: of what was recalled, and then of what was changed
+    since; it begins with `writer`, which no other memory has, so that no version is ever taken for another.
     """
 
     def __init__(
-        self, state: State | None = None, turns: Mapping[str, Turn] | None = None, *, version: int = 0
+        self,
+        state: State | None = None,
+        turns: Mapping[str, Turn] | None = None,
+        *,
+        version: str = "",
+        writer: str = "",
     ) -> None:
         self.version = version
-        self.fresh = version == 0
+        self.fresh = not version
         self.state = state or State()
         self.turns: dict[str, Turn] = dict(turns or {})
         self.ended: dict[str, Ended] = {}
         self._written = self.state
         self._touched: set[str] = set()
         self._new: dict[str, Ended] = {}
+        self._versions = (f"{writer} {number}" for number in count(1))
 
     def turn(self, turn_id: str, now: float) -> Turn:
         """The turn, to be changed; new if it was never heard of."""
@@ -219,7 +228,7 @@ class Memory:
         if not self._touched and not self._new and self.state is self._written:
             return None
         turns = {turn_id: replace(self.turns[turn_id]) for turn_id in self._touched}
-        changes = Changes(self.version, self.state, turns, self._new)
-        self.version += 1
+        base, self.version = self.version, next(self._versions)
+        changes = Changes(base, self.version, self.state, turns, self._new)
         self._touched, self._new, self._written = set(), {}, self.state
         return changes

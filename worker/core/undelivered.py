@@ -69,5 +69,4 @@ def conclude_again(ended: Ended, entry: Entry, why: str) -> Conclusion:
 
 
 def _kept(ends: Conclusion, why: str) -> Conclusion:
-    assert ends.event is not None
     return replace(ends, parked=Parked(REASON, why, ended=ends.event.type))

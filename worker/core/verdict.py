@@ -55,28 +55,22 @@ class Answer:
 class Conclusion:
     """An end, ready to be carried out in this order: park, tell, answer, acknowledge.
 
-    `entries` end with it; `event` is None where that was told already. `before` and `after` are events that go with it:
-    a turn that begins or is over by it.
+    `entries` end with it. `before` and `after` are events that go with it: a turn that begins or is over by it. `told`:
+    that was done already, only the rest is left to do.
     """
 
-    event: Event | None
+    event: Event
     entries: tuple[Entry | Misfit, ...] = ()
     parked: Parked | None = None
     answer: Answer | None = None
     before: tuple[Event, ...] = ()
     after: tuple[Event, ...] = ()
+    told: bool = False
 
     @property
     def events(self) -> tuple[Event, ...]:
         """All it tells, in order."""
-        return (*self.before, *((self.event,) if self.event else ()), *self.after)
-
-    @property
-    def subject(self) -> str:
-        """The conversation it belongs to, or `$invalid`."""
-        if self.event is not None:
-            return self.event.subject
-        return next(entry.command.conversation_id for entry in self.entries if isinstance(entry, Entry))
+        return () if self.told else (*self.before, self.event, *self.after)
 
 
 def _ids(entries: Sequence[Entry]) -> tuple[str, ...]:

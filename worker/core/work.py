@@ -6,6 +6,9 @@ from typing import Literal
 from worker.core.model import Piece, Session
 from worker.core.verdict import Conclusion
 
+INTENT_S = 1.0
+"""How long after it was handed out a call may begin: its intent is written first. Later it is handed out anew."""
+
 
 @dataclass(frozen=True, slots=True)
 class Rules:

@@ -19,7 +19,6 @@ class DeadLetters:
         """Note the end, unless it has ended; it is parked, told and acknowledged in its turn."""
         conclusion = undelivered.conclude(found, why)
         if isinstance(found, Entry) and found.known_as is not None:
-            assert conclusion.event is not None
             ended = Ended(found.fingerprint, conclusion.event, self._clock())
             stands = await self._ledger.end(found.command.conversation_id, found.known_as, ended)
             if (stands.fingerprint, stands.event) != (ended.fingerprint, ended.event):

@@ -22,7 +22,7 @@ from worker.core.lane import Lane
 from worker.core.memory import Memory
 from worker.core.model import CallKind, CallResult, Entry, Session
 from worker.core.verdict import Conclusion
-from worker.core.work import Call, Rules, Say, Wait
+from worker.core.work import INTENT_S, Call, Rules, Say, Wait
 from worker.errors import LinkLost
 from worker.flow.desk import Desk
 from worker.flow.settler import Settler
@@ -34,8 +34,6 @@ _log = structlog.stdlib.get_logger(__name__)
 PAUSE_S = 1.0
 LONGEST_PAUSE_S = 30.0
 GATHER_S = 0.02
-INTENT_S = 1.0
-"""An intent older than this is not acted on, but written anew."""
 LINGER_S = 2.0
 """How long a lane without work stays: a stream's next token comes soon, and building a lane reads the store."""
 
@@ -247,15 +245,18 @@ class Runner:
             self.forget(tenure)
             return None
 
+        begun = asked
+
         def still() -> bool:
+            nonlocal begun
+            begun = self._clock()
             if isinstance(call, Say) and self._memory.is_silent(call.piece.turn_id):
                 return False
-            # Whoever owns the partition next counts the ambiguity wait from when the attempt began.
-            return self._tenure is tenure and self._clock() - asked < INTENT_S
+            return self._tenure is tenure and begun - asked < INTENT_S
 
         result, got = await self._desk.carry_out(self.conversation_id, call, still)
         jitter = random.random()  # noqa: S311 - spreads retries, guards nothing
-        told = lane.done(call, result, self._clock(), got=got, jitter=jitter)
+        told = lane.done(call, result, self._clock(), begun=begun, got=got, jitter=jitter)
         self._submit(told, outcome=isinstance(call, Say))
         return result
 

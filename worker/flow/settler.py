@@ -35,7 +35,7 @@ class Settler:
     def submit(self, conclusions: Iterable[Conclusion], recorded: Awaitable[Grant] | None = None) -> None:
         """Carry these out after all that was submitted for the same conversation before, and when they are recorded."""
         for conclusion in conclusions:
-            subject = conclusion.subject
+            subject = conclusion.event.subject
             queue = self._queues.get(subject)
             if queue is not None:
                 queue.append(_Submitted(conclusion, recorded))
@@ -84,7 +84,9 @@ class Settler:
                 await _delivery(entry.delivery).settle()
         except Exception:  # noqa: BLE001 - one conversation's trouble must not stop the task of another
             # Not acknowledged, so not lost: it comes again with the next connection, and ends as it ended here.
-            _log.exception(logs.SETTLE_FAILED, conversation_id=conclusion.subject)
+            _log.exception(
+                logs.SETTLE_FAILED, conversation_id=conclusion.event.subject, event_type=conclusion.event.type
+            )
 
 
 def _delivery(handle: object) -> Delivery:

@@ -1,8 +1,8 @@
 """The ledger in SQL, with group commit: what many lanes write while one transaction runs goes into the next."""
 
 import asyncio
-import contextlib
 import json
+import uuid
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -34,7 +34,7 @@ ENDED = sa.select(commands.c.message_id, commands.c.fingerprint, commands.c.touc
 
 _DATA_TYPES = {name: data for data, name in EVENT_TYPES.items()}
 
-_Row = tuple[int, int | None]
+_Row = tuple[str, int | None]
 """What a write is judged by: the version of a conversation's row, and the number of its attempt without an outcome."""
 
 
@@ -58,17 +58,24 @@ class SqlLedger:
         self._clock = clock
         self._jobs: deque[_Job] = deque()
         self._wake = asyncio.Event()
+        self._stopping = False
 
     async def run(self) -> None:
         """Write what is asked for, until cancelled; what was asked for before that is written."""
+        writing = asyncio.create_task(self._write_on())
         try:
-            while True:
-                await self._wake.wait()
-                await self._flush()
+            # What is being written must not be asked for again: it would look like another's.
+            await asyncio.shield(writing)
         finally:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(LONGEST_PAUSE_S):
-                    await self._flush()
+            self._stopping = True
+            self._wake.set()
+            await asyncio.wait([writing], timeout=LONGEST_PAUSE_S)
+            writing.cancel()
+
+    async def _write_on(self) -> None:
+        while not self._stopping:
+            await self._wake.wait()
+            await self._flush()
 
     async def recall(self, conversation_id: str) -> Memory:
         """See `ports.Ledger`, here and below."""
@@ -83,13 +90,13 @@ class SqlLedger:
             one = sa.select(conversations).where(conversations.c.conversation_id == conversation_id)
             row = (await connection.execute(one)).one_or_none()
             if row is None:
-                return Memory()
+                return Memory(writer=uuid.uuid4().hex)
             found = await connection.execute(sa.select(turns).where(turns.c.conversation_id == conversation_id))
             known = {
                 one.turn_id: Turn(TurnState(one.state), one.pieces, one.text_length, one.touched, one.replay)
                 for one in found
             }
-        return Memory(_state(row.state), known, version=row.version)
+        return Memory(_state(row.state), known, version=row.version, writer=uuid.uuid4().hex)
 
     @to_the_end
     async def partition_of(self, conversation_id: str) -> int | None:
@@ -148,7 +155,13 @@ class SqlLedger:
 
     @to_the_end
     async def prune(self, before: float) -> None:
-        """A batch at a time."""
+        """A batch at a time; what an outage of the store leaves is for the next time."""
+        try:
+            await self._prune(before)
+        except sa.exc.DBAPIError as error:
+            _log.error(logs.STORE_FAILED, error=str(error.orig))
+
+    async def _prune(self, before: float) -> None:
         for table in (commands, endings, turns, conversations):
             key = list(table.primary_key.columns)
             stale = sa.select(*key).where(table.c.touched < before).limit(PRUNE_ROWS)
@@ -202,12 +215,12 @@ def _judge(job: _Job, rows: dict[str, _Row], epochs: Mapping[int, int]) -> Grant
         return Grant.REFUSED
     if job.changes is None:
         return Grant.GRANTED
-    version, attempt = rows.get(job.conversation_id, (0, None))
+    version, attempt = rows.get(job.conversation_id, ("", None))
     state = job.changes.state
-    mine = state.number == attempt if job.outcome else job.changes.version == version
+    mine = state.number == attempt if job.outcome else job.changes.base == version
     if not mine:
         return Grant.OUTDATED
-    rows[job.conversation_id] = (version + 1, state.number if state.attempt else None)
+    rows[job.conversation_id] = (job.changes.version, state.number if state.attempt else None)
     return Grant.GRANTED
 
 
@@ -303,6 +316,5 @@ def _state(text: str) -> State:
     if attempt is not None:
         parts = tuple(SentPart(**part) for part in attempt.pop("parts"))
         attempt = Attempt(parts=parts, **attempt)
-    for name in ("heard_last", "doubtful"):
-        document[name] = frozenset(document[name])
-    return State(attempt=attempt, **document)
+    heard_last, doubtful = frozenset(document.pop("heard_last")), frozenset(document.pop("doubtful"))
+    return State(attempt=attempt, heard_last=heard_last, doubtful=doubtful, **document)

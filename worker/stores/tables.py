@@ -38,7 +38,7 @@ conversations = sa.Table(
     "conversations",
     metadata,
     sa.Column("conversation_id", sa.Text, primary_key=True),
-    sa.Column("version", sa.Integer, nullable=False),
+    sa.Column("version", sa.Text, nullable=False),
     sa.Column("attempt", sa.Integer),
     sa.Column("state", sa.Text, nullable=False),
     sa.Column("touched", sa.Float, nullable=False, index=True),
