@@ -27,7 +27,7 @@ class TestSentAgain:
         assert talk.said[1:] == [("t1", "one two", True)]
         (accepted,) = talk.of("speech.accepted")
         assert accepted["commandIds"] == [chunk.message_id for chunk in chunks]
-        assert talk.types[-2:] == ["speech.failed", "speech.accepted"]
+        assert talk.types[-2:] == ["speech.accepted", "turn.completed"]
         assert talk.conclusions[-1].event.id("") not in before
 
     def test_the_same_life_twice_ends_once(self) -> None:

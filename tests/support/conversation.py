@@ -281,9 +281,11 @@ class Conversation:
     def ends(self, one: Entry) -> list[str]:
         """The short types (with reason) of what this delivery ended with; "" where that was told before."""
         return [
-            " ".join(filter(None, [event.type.removeprefix("avatar."), wire(event).get("reason", "")])) if event else ""
-            for event, entries in ((conclusion.event, conclusion.entries) for conclusion in self.conclusions)
-            if one in entries
+            ""
+            if conclusion.told
+            else " ".join(filter(None, [conclusion.event.type[7:], wire(conclusion.event).get("reason", "")]))
+            for conclusion in self.conclusions
+            if one in conclusion.entries
         ]
 
 

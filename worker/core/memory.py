@@ -142,6 +142,10 @@ class Memory:
         self._new: dict[str, Ended] = {}
         self._versions = (f"{writer} {number}" for number in count(1))
 
+    def settle_in(self, partition: int) -> None:
+        """The conversation's commands come from there; that is written with whatever is written next."""
+        self.state = self._written = replace(self.state, partition=partition)
+
     def turn(self, turn_id: str, now: float) -> Turn:
         """The turn, to be changed; new if it was never heard of."""
         turn = self.turns.setdefault(turn_id, Turn())

@@ -212,9 +212,9 @@ class Runner:
             self.forget(tenure)
             return
         session = await self._desk.recall(self.conversation_id)
-        self._set_up(await self._ledger.recall(self.conversation_id), session)
-        if self._memory.state.partition != tenure.partition:
-            self._memory.update(partition=tenure.partition)
+        memory = await self._ledger.recall(self.conversation_id)
+        memory.settle_in(tenure.partition)
+        self._set_up(memory, session)
 
     def _set_up(self, memory: Memory, session: Session | None) -> None:
         self._memory = memory
