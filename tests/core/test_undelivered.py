@@ -48,3 +48,7 @@ def test_what_had_ended_is_told_as_it_was() -> None:
     assert ends.event == first.event
     other = undelivered.conclude_again(Ended(b"another body", first.event, NOW), one, "gone")
     assert wire(other.event)["reason"] == "message_id_reused"
+
+
+def test_without_an_id_no_command_is_listed() -> None:
+    assert wire(undelivered.conclude(speak("t", "x", message_id=None), "gone").event)["commandIds"] == []

@@ -3,7 +3,6 @@
 import asyncio
 
 import pytest
-from aio_pika import Message
 from aiormq.abc import DeliveredMessage
 
 from schemas import routes
@@ -134,12 +133,3 @@ async def test_one_worker_at_a_time(start: Start, bus: Bus) -> None:
         await holder.gone()
         event = await bus.ended(await lost(bus, "c", {"turnId": "t", "text": "y"}))
         assert event["worker"] == ("w2" if holder is first else "w1")
-
-
-async def test_without_an_id_there_is_nothing_to_remember(start: Start, bus: Bus) -> None:
-    async with start(dead=True), bus.connection.channel(publisher_confirms=False) as channel:
-        # With confirms, aiormq would give it an id.
-        exchange = await channel.get_exchange(routes.DEAD)
-        await exchange.publish(Message(b'{"turnId":"t","text":"x"}'), "c")
-        event = await bus.event("speech.failed", reason="dead_lettered")
-        assert event["data"]["commandIds"] == []
