@@ -28,7 +28,7 @@ async def test_sigterm_lets_the_call_end_and_begins_nothing_new(
     await simulator.release()
     assert await worker.ended() == 0
     assert (await bus.ended(first))["type"] == "avatar.speech.accepted"
-    assert await bus.depth(QUEUE) == 1
+    assert await bus.left_in(QUEUE) == 1
 
     await start_worker()
     await bus.ended(second)
@@ -46,7 +46,7 @@ async def test_a_second_signal_stops_at_once(start_worker: StartWorker, simulato
     worker.signal(signal.SIGTERM)
     assert await worker.ended(within_s=5) == 0
     assert "Traceback" not in worker.log
-    assert await bus.depth(QUEUE) == 1
+    assert await bus.left_in(QUEUE) == 1
 
 
 async def test_draining_has_an_end(start_worker: StartWorker, simulator: Simulator, bus: Bus) -> None:
@@ -56,7 +56,7 @@ async def test_draining_has_an_end(start_worker: StartWorker, simulator: Simulat
     await simulator.wait("say-text", stage="begun")
     worker.signal(signal.SIGINT)
     assert await worker.ended(within_s=8) == 0
-    assert await bus.depth(QUEUE) == 1
+    assert await bus.left_in(QUEUE) == 1
 
 
 @pytest.mark.timeout(90)

@@ -96,8 +96,9 @@ class Station:
 
     async def ready(self) -> None:
         """Return when it consumes and publishes."""
-        ready: asyncio.Future[Any] = asyncio.gather(self.inbox.ready.wait(), self.outbox.ready.wait())
-        done, _ = await asyncio.wait({ready, *self.tasks}, timeout=30, return_when=asyncio.FIRST_COMPLETED)
+        ready = asyncio.gather(self.inbox.ready.wait(), self.outbox.ready.wait())
+        waiting: set[asyncio.Future[Any]] = {ready, *self.tasks}
+        done, _ = await asyncio.wait(waiting, timeout=30, return_when=asyncio.FIRST_COMPLETED)
         if ready not in done:
             ready.cancel()
         for task in self.tasks:
@@ -117,6 +118,11 @@ class Station:
         """Return when all that ended was told and acknowledged."""
         async with asyncio.timeout(20):
             await self.settler.drain()
+
+    async def reconnected(self, lives: int = 2) -> None:
+        """Return once it consumes over its so manieth connection."""
+        await eventually(lambda: self.consuming.count >= lives)
+        await self.ready()
 
     async def gone(self) -> None:
         """Drop everything, as if the process had been killed. What it had not acknowledged is in its queue again."""

@@ -105,7 +105,7 @@ async def unharmed(bus: Bus, station: Station) -> None:
     await bus.ended(await bus.say("good", "g", "still here"))
     assert station.lives() == (1, 1)
     await station.gone()
-    assert await bus.depth(QUEUE) == 0
+    assert await bus.left_in(QUEUE) == 0
 
 
 def headers_of(copy: DeliveredMessage) -> Document:

@@ -7,7 +7,7 @@ from aio_pika.abc import AbstractConnection
 
 from schemas.routes import partition_queue
 from tests.integration.conftest import Start, agreed
-from tests.support.bus import Bus, connected, eventually
+from tests.support.bus import Bus, connected
 from tests.support.proxy import proxied
 from worker.amqp.inbox import AmqpDelivery, Inbox
 from worker.core.model import Entry, Misfit
@@ -24,14 +24,13 @@ async def test_a_say_in_flight_outlives_the_connection(start: Start, bus: Bus, a
         await station.said("one ")
         second = await bus.say("c", "t", "two")
         proxy.cut()
-        await eventually(lambda: station.consuming.count > 1)
-        await station.ready()
+        await station.reconnected()
         station.avatar.gate.set()
         await bus.all_ended([first, second])
         await station.said("one ", "two")
         await station.settled()
         await station.gone()
-        assert await bus.depth(QUEUE) == 0
+        assert await bus.left_in(QUEUE) == 0
 
 
 async def test_nothing_is_lost_or_said_twice_while_the_connection_comes_and_goes(
@@ -49,15 +48,14 @@ async def test_nothing_is_lost_or_said_twice_while_the_connection_comes_and_goes
         await station.ready()
         await station.settled()
         await station.gone()
-        assert [await bus.depth(partition_queue(number)) for number in (0, 1)] == [0, 0]
+        assert [await bus.left_in(partition_queue(number)) for number in (0, 1)] == [0, 0]
 
 
 async def test_a_deleted_queue_is_declared_again(start: Start, bus: Bus) -> None:
     async with start(partitions=2) as station:
         for number in (0, 1):
             await bus.channel.queue_delete(partition_queue(number))
-            await eventually(lambda number=number: station.consuming.count > 1 + number)
-            await station.ready()
+            await station.reconnected(2 + number)
         ids = [await bus.say(f"c{number}", "t", "x") for number in range(20)]
         await bus.all_ended(ids)
 
@@ -82,6 +80,9 @@ class Catcher:
 
     def offer(self, entry: Entry) -> None:
         self.entries.put_nowait(entry)
+
+    def hear(self, entry: Entry) -> None:
+        pass
 
     def reject(self, misfit: Misfit) -> None:
         raise AssertionError(misfit)
@@ -120,7 +121,7 @@ async def test_a_delivery_that_is_no_longer_ours_is_stale(bus: Bus, amqp_url: st
         assert await delivery.settle() is False
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
-    assert await bus.depth(QUEUE) == 1
+    assert await bus.left_in(QUEUE) == 1
 
 
 async def test_a_delivery_is_acknowledged(bus: Bus, amqp_url: str) -> None:
@@ -133,7 +134,7 @@ async def test_a_delivery_is_acknowledged(bus: Bus, amqp_url: str) -> None:
         assert await entry.delivery.settle() is True
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
-    assert await bus.depth(QUEUE) == 0
+    assert await bus.left_in(QUEUE) == 0
 
 
 async def test_the_broker_restarts(start: Start, owned_broker: OwnedBroker) -> None:
@@ -154,4 +155,4 @@ async def test_the_broker_restarts(start: Start, owned_broker: OwnedBroker) -> N
             assert held in after.terminal() or station.lives()[1] > 1
             await station.settled()
             await station.gone()
-            assert [await after.depth(partition_queue(number)) for number in (0, 1)] == [0, 0]
+            assert [await after.left_in(partition_queue(number)) for number in (0, 1)] == [0, 0]

@@ -4,7 +4,7 @@ import asyncio
 import json
 import time
 import uuid
-from collections import Counter
+from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
@@ -73,6 +73,7 @@ class Bus:
         self.channel = channel
         self.events: list[Document] = []
         self.answers: list[AbstractIncomingMessage] = []
+        self._terminal: defaultdict[str, set[str]] = defaultdict(set)
         self._arrived = asyncio.Condition()
 
     # Producer.
@@ -152,7 +153,7 @@ class Bus:
     async def all_ended(self, message_ids: Iterable[str], within_s: float = PATIENCE_S) -> None:
         """Return when each of these commands has a terminal event; there must be exactly one."""
         wanted = set(message_ids)
-        await self.until(lambda: wanted <= self.terminal().keys(), within_s)
+        await self.until(lambda: len(self._terminal) >= len(wanted) and wanted <= self._terminal.keys(), within_s)
         several = {id_: ids for id_, ids in self.terminal().items() if len(ids) > 1}
         assert not several, f"more than one terminal event: {several}"
 
@@ -168,11 +169,7 @@ class Bus:
 
     def terminal(self) -> dict[str, set[str]]:
         """For each command that has ended, the ids of the events that list it."""
-        found: dict[str, set[str]] = {}
-        for event in self.events:
-            for message_id in event["data"].get("commandIds", ()):
-                found.setdefault(message_id, set()).add(event["id"])
-        return found
+        return dict(self._terminal)
 
     # Operator.
 
@@ -187,6 +184,25 @@ class Bus:
         async with asyncio.timeout(within_s):
             while any([await self.depth(queue) for queue in queues]):  # noqa: ASYNC110 - the broker has no such event
                 await asyncio.sleep(0.05)
+
+    async def left_in(self, queue: str) -> int:
+        """How many messages of a partition nobody has acknowledged, once nobody consumes it any more.
+
+        What a lost consumer held comes back some time later; but the next one gets it before whatever is newer.
+        """
+        marker = uuid.uuid4().hex
+        await self.publish(b"", queue, exchange="", properties=properties(message_id=marker))
+        arrived: asyncio.Queue[DeliveredMessage] = asyncio.Queue()
+        async with self.connection.channel() as outer, asyncio.timeout(PATIENCE_S):
+            channel = await outer.get_underlay_channel()
+            await channel.basic_consume(queue, arrived.put)
+            left = 0
+            while (message := await arrived.get()).header.properties.message_id != marker:
+                left += 1
+            assert isinstance(message.delivery, Basic.Deliver)
+            assert message.delivery.delivery_tag is not None
+            await channel.basic_ack(message.delivery.delivery_tag)
+        return left
 
     async def parked(self, count: int = 1) -> list[DeliveredMessage]:
         """Take so many copies out of `avatar.parked`, as they lie there."""
@@ -203,8 +219,11 @@ class Bus:
 
     async def _hear(self, message: AbstractIncomingMessage) -> None:
         assert message.content_type == "application/cloudevents+json"
+        event = json.loads(message.body)
         async with self._arrived:
-            self.events.append(json.loads(message.body))
+            self.events.append(event)
+            for message_id in event["data"].get("commandIds", ()):
+                self._terminal[message_id].add(event["id"])
             self._arrived.notify_all()
 
     async def _take_answer(self, message: AbstractIncomingMessage) -> None:
@@ -219,8 +238,3 @@ async def connected(url: str) -> AsyncIterator[Bus]:
     connection = await aio_pika.connect(url)
     async with connection, connection.channel(on_return_raises=True) as channel:
         yield Bus(connection, channel)
-
-
-def counted(events: Iterable[Document]) -> Counter[str]:
-    """How many events there are of each type."""
-    return Counter(event["type"] for event in {event["id"]: event for event in events}.values())
