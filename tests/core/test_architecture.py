@@ -32,7 +32,8 @@ MAY_IMPORT = {
     "worker.local": {"schemas"},
     "worker.app": {*INNER, *OUTER, "worker.settings"},
     "worker.operate": {*INNER, *OUTER, "worker.settings"},
-    "worker.cli": {*INNER, *OUTER, "worker.settings", "worker.app", "worker.operate", "worker.local"},
+    "worker.doctor": {*INNER, *OUTER, "worker.settings", "worker.app", "worker.operate"},
+    "worker.cli": {*INNER, *OUTER, "worker.settings", "worker.app", "worker.operate", "worker.doctor", "worker.local"},
     "worker.__main__": {"worker.cli"},
 }
 
