@@ -82,6 +82,7 @@ class State:
     avatar falls silent. `heard_last`: the turn whose text the API took last, with those whose text it may have taken
     since. `silenced`: what interrupts that have not ended have done, by entry key: turns, and the chunks each has lost.
     `doubtful`: chunks, by entry key, that were perhaps said in an attempt that could not be repeated as it was.
+    `untold`: events with which no command has ended; nobody can tell whether they were told before a worker died.
     """
 
     number: int = 0
@@ -92,6 +93,7 @@ class State:
     heard_last: frozenset[str] = frozenset()
     silenced: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     doubtful: frozenset[str] = frozenset()
+    untold: tuple[Event, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
