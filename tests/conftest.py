@@ -4,11 +4,11 @@ A test that asks for `amqp_url`, `broker` or `owned_broker` runs once per Rabbit
 cannot be skipped: where no broker is to be had, it fails.
 """
 
-from collections.abc import Iterator
+from collections.abc import AsyncIterator
+from contextlib import ExitStack
 
 import aio_pika
 import pytest
-from aio_pika.exceptions import AMQPConnectionError
 
 from tests.support import brokers
 from worker.local.broker import Broker, OwnedBroker, own_broker
@@ -55,42 +55,33 @@ def broker(request: pytest.FixtureRequest) -> Broker:
 
 
 @pytest.fixture
-async def wipe(broker: Broker) -> None:
-    """Deletes the queues and exchanges of the contract, whatever a test before left of them."""
-    try:
-        await _empty(broker)
-    except AMQPConnectionError:
-        # Seldom, RabbitMQ cannot declare a quorum queue again whose name was just deleted; a fresh start cures it.
-        if not isinstance(broker, OwnedBroker):
-            raise
-        broker.restart()
-        await _empty(broker)
+async def amqp_url(broker: Broker) -> AsyncIterator[str]:
+    """The address of an empty RabbitMQ: a virtual host of its own, or, on a broker that was named, a wiped one."""
+    if broker.management_url is None:
+        await _wipe(broker.url)
+        yield broker.url
+    else:
+        async with brokers.virtual_host(broker) as url:
+            yield url
 
 
-async def _empty(broker: Broker) -> None:
-    connection = await aio_pika.connect(broker.url)
-    async with connection, connection.channel() as channel:
+@pytest.fixture
+async def owned_broker(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[OwnedBroker]:
+    """An empty RabbitMQ that a test may stop, kill and start; it runs again afterwards."""
+    with ExitStack() as stack:
+        owned = broker
+        if not isinstance(owned, OwnedBroker):
+            owned = stack.enter_context(own_broker(brokers.ENV_VAR, plugins=brokers.TEST_PLUGINS))
+        async with brokers.virtual_host(owned) as url:
+            with monkeypatch.context() as patch:
+                patch.setattr(owned, "url", url)
+                yield owned
+                owned.start()
+
+
+async def _wipe(url: str) -> None:
+    async with await aio_pika.connect(url) as connection, connection.channel() as channel:
         for queue in _QUEUES:
             await channel.queue_delete(queue)
         for exchange in _EXCHANGES:
             await channel.exchange_delete(exchange)
-        for queue in _QUEUES[:7]:
-            await channel.declare_queue(queue, durable=True, arguments={"x-queue-type": "quorum"})
-            await channel.queue_delete(queue)
-
-
-@pytest.fixture
-def amqp_url(broker: Broker, wipe: None) -> str:
-    """The address of an empty RabbitMQ."""
-    return broker.url
-
-
-@pytest.fixture
-def owned_broker(broker: Broker, wipe: None) -> Iterator[OwnedBroker]:
-    """An empty RabbitMQ that a test may stop, kill and start; it runs again afterwards."""
-    if isinstance(broker, OwnedBroker):
-        yield broker
-        broker.start()
-    else:
-        with own_broker(brokers.ENV_VAR) as own:
-            yield own
