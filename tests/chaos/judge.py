@@ -9,7 +9,8 @@ from tests.chaos.faults import Demand, Fault, Happened
 from tests.chaos.traffic import Arrival, Command
 
 ACCEPTED = "avatar.speech.accepted"
-SAID_NOTHING = ("avatar.speech.discarded", "avatar.speech.failed", "avatar.command.rejected")
+STARTED = "avatar.turn.started"
+OVER = ("avatar.turn.completed", "avatar.turn.failed", "avatar.turn.interrupted")
 _ANSWER_LOST = (0, 500, 502, 504)
 
 
@@ -54,6 +55,10 @@ class _Call:
         return str(self.raw["body"]["text"])
 
     @property
+    def turn(self) -> str:
+        return self.words[0].split(".")[1]
+
+    @property
     def unanswered(self) -> bool:
         """Its caller cannot know whether it was taken."""
         return self.raw["status"] in _ANSWER_LOST or self.raw["status"] is None
@@ -76,6 +81,7 @@ def judge(evidence: Evidence, demand: Demand) -> Verdict:
     broken["lost"] = list(_lost(evidence))
     broken["ended more than once"] = list(_ended_twice(evidence))
     broken["not as told"] = list(_not_as_told(evidence, heard, accepted))
+    broken["not told"] = list(_not_told(evidence, heard, accepted))
     broken["out of order"] = list(_out_of_order(evidence, heard))
     broken["overlapping calls"] = list(_overlaps(calls))
     broken["unflagged repeats"] = list(_unflagged(heard, accepted))
@@ -153,6 +159,23 @@ def _not_as_told(
             yield f"no such text was heard: {_brief(events[0])}"
         if len({event["id"] for event in events}) > 1:
             yield f"one text, several ids: {[_brief(event) for event in events]}"
+
+
+def _not_told(
+    evidence: Evidence, heard: Mapping[str, list[_Call]], accepted: Mapping[tuple[str, str], list[dict[str, Any]]]
+) -> Iterator[str]:
+    """Each turn was heard of when it began and when it was over, and what was heard between."""
+    told = {(one.event["type"], one.event["subject"], one.event["data"].get("turnId")) for one in evidence.arrivals}
+    failed = {(name, turn) for kind, name, turn in told if kind == "avatar.turn.failed"}
+    for name, calls in heard.items():
+        for call in calls:
+            if (name, call.text) not in accepted and (name, call.turn) not in failed:
+                yield f"{name}: {call} has no event"
+    for name, turn in sorted({(command.conversation, command.turn) for command in evidence.commands}):
+        if (STARTED, name, turn) not in told and (name, turn) not in failed:
+            yield f"{name} {turn}: it began"
+        if not any((kind, name, turn) in told for kind in OVER):
+            yield f"{name} {turn}: it is over"
 
 
 def _out_of_order(evidence: Evidence, heard: Mapping[str, list[_Call]]) -> Iterator[str]:
@@ -252,12 +275,6 @@ def _figures(
         f"{event['type'].removeprefix('avatar.')} {event['data'].get('reason', '')}".strip() for event in first.values()
     )
     repeated = sum(times - 1 for all_ in heard.values() for times in Counter(call.text for call in all_).values())
-    begun = {(command.conversation, command.turn) for command in evidence.commands}
-    told = {
-        (event["subject"], event["data"]["turnId"])
-        for event in first.values()
-        if event["type"] in ("avatar.turn.completed", "avatar.turn.failed", "avatar.turn.interrupted")
-    }
     latencies = sorted(events[0]["data"]["latencyMs"] for events in accepted.values())
     faults = Counter(str(call.raw["fault"]) for all_ in calls.values() for call in all_ if call.raw["fault"])
     return {
@@ -276,5 +293,4 @@ def _figures(
         "answers lost": sum(call.unanswered for all_ in calls.values() for call in all_),
         "flagged": sum(map(_flagged, accepted.values())),
         "repeats heard": repeated,
-        "turns whose end was not told": sorted(f"{name} {turn}" for name, turn in begun - told),
     }

@@ -35,6 +35,7 @@ STATE = State(
     heard_last=frozenset({"t1", "t0"}),
     silenced={"i1": {"t8": 2, "t9": 0}},
     doubtful=frozenset({"m0", "m9"}),
+    untold=(Event("c1", TurnStarted(turn_id="t1"), "m1\n0", "00-trace-01"),),
 )
 TURNS = {
     "t1": Turn(TurnState.OPEN, 2, 40, 1_700_000_000.5),

@@ -18,6 +18,7 @@ from tests.support.conversation import (
     entry,
     interrupt,
     speak,
+    wire,
 )
 from worker.core.memory import TurnState
 from worker.core.model import CallKind, CallResult, Entry
@@ -533,9 +534,22 @@ class TestFoundWithoutAnOutcome:
         talk.done()
         talk.say()
         talk.forget().offer(speak("t1", long, message_id="m1")).settle()
-        accepted = talk.of("speech.accepted")
-        assert "".join(data["text"] for data in accepted) == long
-        assert [data.get("possibleDuplicate") for data in accepted] == [None, True, None]
+        accepted = {event.id(""): wire(event) for event in talk.events if event.type == "avatar.speech.accepted"}
+        assert "".join(data["text"] for data in accepted.values()) == long
+        assert [data.get("possibleDuplicate") for data in accepted.values()] == [None, True, None]
+
+    @pytest.mark.parametrize("ended", [False, True], ids=["amid the chunk", "at its end"])
+    def test_a_part_that_was_not_told_of_is_told_by_the_next(self, *, ended: bool) -> None:
+        long = "word " * 300
+        talk = Conversation().offer(speak("t1", long, message_id="m1"))
+        talk.say()
+        talk.done()
+        if ended:
+            talk.settle()
+        talk.conclusions.clear()
+        talk.forget().offer(speak("t1", long, message_id="m1")).settle()
+        assert talk.types.count("turn.started") == 1
+        assert "".join(data["text"] for data in talk.of("speech.accepted")) == long
 
     @pytest.mark.parametrize(
         ("call", "at_most"), [(interrupt(), 2), (entry(type="session.end"), INTENT_S + 2)], ids=["interrupt", "end"]

@@ -5,7 +5,7 @@ What it remembers goes through JSON, as in the ledger.
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from itertools import count
 from types import SimpleNamespace
 from typing import Any
@@ -100,7 +100,7 @@ class Written:
         if not mine:
             return False
         self.version = changes.version
-        self.state = json.dumps(asdict(changes.state), default=sorted)
+        self.state = ledger._state_text(changes.state)
         self.turns |= changes.turns
         for message_id, ended in changes.ended.items():
             row = SimpleNamespace(fingerprint=ended.fingerprint, touched=ended.at, event=ledger._text(ended))

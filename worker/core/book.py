@@ -21,7 +21,8 @@ class Book:
         self.conversation_id = conversation_id
         self.memory = memory
         self._queue: deque[Entry] = deque()
-        self._out: list[Conclusion] = []
+        # Whoever served the conversation before may not have come to it.
+        self._out = [Conclusion(event) for event in memory.state.untold]
 
     def __len__(self) -> int:
         return len(self._queue)
@@ -57,18 +58,25 @@ class Book:
         return [entry for entry, _ in same]
 
     def tell(self, conclusion: Conclusion) -> None:
-        """Something happened with which no entry ends."""
+        """Something happened with which no entry ends; the next one that does repeats it, should it come again."""
         self._out.append(conclusion)
+        self.memory.update(untold=(*self.memory.state.untold, *conclusion.events))
 
     def end(self, conclusions: Iterable[Conclusion], now: float) -> None:
         """The entries of these conclusions end; their ids are remembered."""
         for conclusion in conclusions:
+            if not conclusion.entries:
+                self.tell(conclusion)
+                continue
             self._out.append(conclusion)
+            before = (*self.memory.state.untold, *conclusion.before)
+            if self.memory.state.untold:
+                self.memory.update(untold=())
             for entry in conclusion.entries:
                 assert isinstance(entry, Entry)
                 self._leave(entry)
                 if entry.known_as is not None:
-                    ended = Ended(entry.fingerprint, conclusion.event, now, conclusion.before, conclusion.after)
+                    ended = Ended(entry.fingerprint, conclusion.event, now, before, conclusion.after)
                     self.memory.end(entry.known_as, ended)
 
     def leave(self, entry: Entry) -> None:

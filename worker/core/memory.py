@@ -88,6 +88,7 @@ class State:
     `doubtful`: chunks, by entry key, that were perhaps said in an attempt that could not be repeated as it was.
     `fences`: the interrupts whose express copy has acted and whose ordered copy is still to come, and since when.
     `partition`: where the conversation's commands came from last.
+    `untold`: events with which no command has ended; nobody can tell whether they were told before a worker died.
     """
 
     number: int = 0
@@ -100,6 +101,7 @@ class State:
     doubtful: frozenset[str] = frozenset()
     fences: Mapping[str, float] = field(default_factory=dict)
     partition: int | None = None
+    untold: tuple[Event, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

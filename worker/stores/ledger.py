@@ -5,7 +5,7 @@ import json
 import uuid
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import sqlalchemy as sa
@@ -235,7 +235,7 @@ async def _put(connection: AsyncConnection, written: Mapping[str, _Row], jobs: I
                 "conversation_id": conversation_id,
                 "version": version,
                 "attempt": attempt,
-                "state": json.dumps(asdict(changes.state), default=sorted),
+                "state": _state_text(changes.state),
                 "touched": now,
             }
         )
@@ -253,8 +253,7 @@ async def _put(connection: AsyncConnection, written: Mapping[str, _Row], jobs: I
 
 def _noted(conversation_id: str, now: float) -> sa.Insert:
     """A row of the conversation, if there is none: a lane that finds none looks nothing up."""
-    state = json.dumps(asdict(State()), default=sorted)
-    row = {"conversation_id": conversation_id, "version": 1, "number": 0, "state": state, "touched": now}
+    row = {"conversation_id": conversation_id, "version": "noted", "state": _state_text(State()), "touched": now}
     return insert(conversations).values(row).on_conflict_do_nothing()
 
 
@@ -310,6 +309,11 @@ def _future() -> asyncio.Future[Grant]:
     return asyncio.get_running_loop().create_future()
 
 
+def _state_text(state: State) -> str:
+    document = asdict(replace(state, untold=())) | {"untold": [_row(event) for event in state.untold]}
+    return json.dumps(document, default=sorted)
+
+
 def _state(text: str) -> State:
     document = json.loads(text)
     attempt = document.pop("attempt")
@@ -317,4 +321,5 @@ def _state(text: str) -> State:
         parts = tuple(SentPart(**part) for part in attempt.pop("parts"))
         attempt = Attempt(parts=parts, **attempt)
     heard_last, doubtful = frozenset(document.pop("heard_last")), frozenset(document.pop("doubtful"))
-    return State(attempt=attempt, heard_last=heard_last, doubtful=doubtful, **document)
+    untold = tuple(map(_event, document.pop("untold")))
+    return State(attempt=attempt, heard_last=heard_last, doubtful=doubtful, untold=untold, **document)
