@@ -104,6 +104,7 @@ async def unharmed(bus: Bus, station: Station) -> None:
     """The worker has acknowledged everything, over the connections it has had all along."""
     await bus.ended(await bus.say("good", "g", "still here"))
     assert station.lives() == (1, 1)
+    await station.settled()
     await station.gone()
     assert await bus.left_in(QUEUE) == 0
 
