@@ -12,7 +12,6 @@ from typing import Any, Literal
 import structlog
 
 WORKER_STARTING = "worker_starting"
-WORKER_READY = "worker_ready"
 WORKER_STOPPING = "worker_stopping"
 WORKER_STOPPED = "worker_stopped"
 BROKER_CONNECTED = "broker_connected"
@@ -31,10 +30,8 @@ CALL_FAILED = "call_failed"
 LANE_CRASHED = "lane_crashed"
 SETTLE_FAILED = "settle_failed"
 STORE_FAILED = "store_failed"
-SESSION_OPENED = "session_opened"
 SESSION_ENDED = "session_ended"
 SESSION_ADOPTED = "session_adopted"
-SESSION_LOST = "session_lost"
 
 _SECRETS = re.compile(r"(?i)\b(bearer|ks)\s+[\w.~+/=|-]{8,}|(?<=://)[^/@\s:]*:[^/@\s]*(?=@)")
 
