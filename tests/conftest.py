@@ -5,7 +5,8 @@ on the first of them if it is marked `one_broker`. It
 cannot be skipped: where no broker is to be had, it fails.
 """
 
-from collections.abc import Iterator
+from collections.abc import AsyncIterator
+from contextlib import ExitStack
 
 import pytest
 
@@ -54,23 +55,21 @@ def broker(request: pytest.FixtureRequest) -> Broker:
 
 
 @pytest.fixture
-async def wipe(broker: Broker) -> None:
-    """Deletes the queues and exchanges of the contract, whatever a test before left of them."""
-    await brokers.wipe(broker.url)
-
-
-@pytest.fixture
-def amqp_url(broker: Broker, wipe: None) -> str:
+async def amqp_url(broker: Broker) -> AsyncIterator[str]:
     """The address of an empty RabbitMQ."""
-    return broker.url
+    async with brokers.empty(broker) as url:
+        yield url
 
 
 @pytest.fixture
-def owned_broker(broker: Broker, wipe: None) -> Iterator[OwnedBroker]:
+async def owned_broker(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[OwnedBroker]:
     """An empty RabbitMQ that a test may stop, kill and start; it runs again afterwards."""
-    if isinstance(broker, OwnedBroker):
-        yield broker
-        broker.start()
-    else:
-        with own_broker(brokers.ENV_VAR) as own:
-            yield own
+    with ExitStack() as stack:
+        owned = broker
+        if not isinstance(owned, OwnedBroker):
+            owned = stack.enter_context(own_broker(brokers.ENV_VAR, plugins=brokers.TEST_PLUGINS))
+        async with brokers.empty(owned) as url:
+            with monkeypatch.context() as patch:
+                patch.setattr(owned, "url", url)
+                yield owned
+                owned.start()
