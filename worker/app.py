@@ -60,7 +60,7 @@ async def run(settings: Settings) -> None:
         settler = Settler(outbox)
         desk = Desk(api, store, name, clock)
         stack.push_async_callback(store.release, name)
-        lanes = Lanes(settings.rules, desk=desk, ledger=ledger, settler=settler, clock=clock)
+        lanes = Lanes(settings.rules, desk=desk, ledger=ledger, settler=settler, clock=clock, window=settings.prefetch)
         keeper = Keeper(
             desk,
             clock,
@@ -94,6 +94,7 @@ async def run(settings: Settings) -> None:
                 watchdog.run(),
                 keeper.run(),
                 ledger.run(),
+                lanes.run(outbox.knock),
                 _prune(ledger, clock, settings.ledger_keep_s),
             )
         )

@@ -73,7 +73,9 @@ class Flow:
         self.settler = Settler(self.outbox)
         self.desk = Desk(self.api, self.store, self.owner, self.clock)
         self.ledger = HeldLedger(self.database, self.clock)
-        self.lanes = Lanes(self.rules, desk=self.desk, ledger=self.ledger, settler=self.settler, clock=self.clock)
+        self.lanes = Lanes(
+            self.rules, desk=self.desk, ledger=self.ledger, settler=self.settler, clock=self.clock, window=100
+        )
         self.keeper = Keeper(
             self.desk,
             self.clock,

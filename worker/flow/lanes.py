@@ -2,7 +2,7 @@
 
 import asyncio
 import contextvars
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
 import structlog
@@ -11,6 +11,7 @@ from worker.core import verdict
 from worker.core.breaker import Breaker
 from worker.core.model import Entry, Misfit
 from worker.core.work import Rules
+from worker.flow.backlog import LOOK_S, TICK_S, Backlog
 from worker.flow.desk import Desk
 from worker.flow.runner import ExpressDelivery, Runner
 from worker.flow.settler import Settler
@@ -23,9 +24,12 @@ _log = structlog.stdlib.get_logger(__name__)
 class Lanes:
     """Routes what is delivered to the runner of its conversation, by a plain call: no await between broker and lane."""
 
-    def __init__(self, rules: Rules, *, desk: Desk, ledger: Ledger, settler: Settler, clock: Clock) -> None:
+    def __init__(
+        self, rules: Rules, *, desk: Desk, ledger: Ledger, settler: Settler, clock: Clock, window: int
+    ) -> None:
         self.tenure_of: Callable[[int], Tenure | None] = lambda _: None
         """The tenure under which this worker owns a partition just now, if it does: the inbox knows."""
+        self._backlog = Backlog(ledger, window=window)
         self._rules = rules
         self._breaker = Breaker()
         self._desk = desk
@@ -71,12 +75,42 @@ class Lanes:
             runner = self._runners.get(conversation_id) or self._start(conversation_id)
             runner.offer(replace(entry, delivery=ExpressDelivery(tenure)))
 
+    async def run(self, knock: Callable[[int], Awaitable[None]]) -> None:
+        """Have the store keep what is held for long, and see to what it keeps of conversations nobody serves.
+
+        `knock` makes the owner of a partition learn that it is: where nothing is delivered, it cannot know.
+        """
+        looked = self._clock()
+        while not self._stopping:
+            await asyncio.sleep(TICK_S)
+            now = self._clock()
+            # While the API is down intake stops by holding: what is kept would be followed by more.
+            if self._breaker.hold_until(now) <= now:
+                for runner in self._runners.values():
+                    runner.keep(now)
+            if now - looked >= LOOK_S:
+                looked = now
+                try:
+                    await self._summon(knock)
+                except Exception as error:  # noqa: BLE001 - whatever it was, the next look is a second away
+                    _log.error(logs.STORE_FAILED, error=str(error))
+
+    async def _summon(self, knock: Callable[[int], Awaitable[None]]) -> None:
+        for partition, conversation_ids in (await self._backlog.conversations()).items():
+            tenure = self.tenure_of(partition)
+            if tenure is None:
+                await knock(partition)
+            elif not self._stopping:
+                for conversation_id in conversation_ids:
+                    (self._runners.get(conversation_id) or self._start(conversation_id)).summon(tenure)
+
     def reject(self, misfit: Misfit) -> None:
         """Take a message that is no command."""
         self._settler.submit([verdict.rejected(misfit)])
 
     def forget(self, tenure: Tenure) -> None:
         """The tenure has ended: what came under it and has not ended will be delivered again."""
+        self._backlog.forget(tenure)
         for runner in self._runners.values():
             runner.forget(tenure)
 
@@ -109,6 +143,7 @@ class Lanes:
             breaker=self._breaker,
             desk=self._desk,
             ledger=self._ledger,
+            backlog=self._backlog,
             settler=self._settler,
             clock=self._clock,
         )

@@ -16,9 +16,9 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from schemas.events import EVENT_TYPES, Event
 from worker.core.memory import Attempt, Changes, Ended, Memory, SentPart, State, Turn, TurnState
 from worker.ops import logs
-from worker.ports import Clock, Grant
+from worker.ports import Clock, Grant, Kept
 from worker.stores.database import Database, to_the_end
-from worker.stores.tables import commands, conversations, endings, partitions, turns
+from worker.stores.tables import backlog, commands, conversations, endings, partitions, turns
 
 _log = structlog.stdlib.get_logger(__name__)
 
@@ -59,6 +59,7 @@ class SqlLedger:
         self._jobs: deque[_Job] = deque()
         self._wake = asyncio.Event()
         self._stopping = False
+        self._letting: set[asyncio.Task[None]] = set()
 
     async def run(self) -> None:
         """Write what is asked for, until cancelled; what was asked for before that is written."""
@@ -142,6 +143,48 @@ class SqlLedger:
                 for table, row in _ended_rows(conversation_id, known_as, ended):
                     await connection.execute(_STATEMENTS[table], [row])
             return stands or ended
+
+    def keep(self, conversation_id: str, commands: Sequence[Kept], partition: int, epoch: int) -> asyncio.Future[Grant]:
+        """Provisional."""
+        return asyncio.ensure_future(self._keep(conversation_id, commands, partition, epoch))
+
+    @to_the_end
+    async def _keep(self, conversation_id: str, commands: Sequence[Kept], partition: int, epoch: int) -> Grant:
+        async with self._database.writing() as connection:
+            query = sa.select(partitions.c.epoch).where(partitions.c.partition == partition)
+            if (await connection.execute(query)).scalar_one_or_none() != epoch:
+                return Grant.REFUSED
+            rows = [
+                {"conversation_id": conversation_id, "partition": partition} | asdict(command) for command in commands
+            ]
+            await connection.execute(sa.insert(backlog), rows)
+        return Grant.GRANTED
+
+    def let_go(self, key: str) -> None:
+        """Provisional."""
+        task = asyncio.ensure_future(self._let_go(key))
+        self._letting.add(task)
+        task.add_done_callback(self._letting.discard)
+
+    @to_the_end
+    async def _let_go(self, key: str) -> None:
+        async with self._database.writing() as connection:
+            await connection.execute(sa.delete(backlog).where(backlog.c.key == key))
+
+    @to_the_end
+    async def kept(self, conversation_id: str) -> list[Kept]:
+        """In order of position."""
+        query = sa.select(backlog.c.key, backlog.c.entry_key, backlog.c.packed)
+        query = query.where(backlog.c.conversation_id == conversation_id).order_by(backlog.c.position)
+        async with self._database.reading() as connection:
+            return [Kept(*row) for row in await connection.execute(query)]
+
+    @to_the_end
+    async def backlogs(self) -> list[tuple[int, str]]:
+        """See `ports.Ledger`."""
+        query = sa.select(backlog.c.partition, backlog.c.conversation_id).distinct()
+        async with self._database.reading() as connection:
+            return [(row.partition, row.conversation_id) for row in await connection.execute(query)]
 
     @to_the_end
     async def raise_epoch(self, partition: int) -> int:
