@@ -19,6 +19,7 @@ from worker.amqp.topology import Record
 from worker.amqp.watchdog import Watchdog
 from worker.avatar.client import Api, AvatarClient, KsSource
 from worker.avatar.credentials import FixedKs, KsFile
+from worker.flow.backlog import Backlog
 from worker.flow.clock import SteadyClock
 from worker.flow.dead_letters import DeadLetters
 from worker.flow.desk import Desk
@@ -27,8 +28,9 @@ from worker.flow.lanes import Lanes
 from worker.flow.settler import Settler
 from worker.ops import logs
 from worker.ops.health import Health
-from worker.ports import Clock, Ledger
+from worker.ports import Clock, Ledger, SessionStore
 from worker.settings import Settings
+from worker.stores.backlog import SqlBacklog
 from worker.stores.database import Database
 from worker.stores.ledger import SqlLedger
 from worker.stores.sessions import SqlSessions
@@ -59,8 +61,9 @@ async def run(settings: Settings) -> None:
         outbox = Outbox(source=settings.event_source, worker=name, event_retry_s=settings.event_retry_s, clock=clock)
         settler = Settler(outbox)
         desk = Desk(api, store, name, clock)
-        stack.push_async_callback(store.release, name)
-        lanes = Lanes(settings.rules, desk=desk, ledger=ledger, settler=settler, clock=clock, window=settings.prefetch)
+        stack.push_async_callback(_release, store, name)
+        backlog = Backlog(SqlBacklog(database), window=settings.prefetch)
+        lanes = Lanes(settings.rules, desk=desk, ledger=ledger, backlog=backlog, settler=settler, clock=clock)
         keeper = Keeper(
             desk,
             clock,
@@ -93,7 +96,6 @@ async def run(settings: Settings) -> None:
                 Link(url, name=f"{name} dead letters", heartbeat_s=settings.heartbeat_s).run(dead.session),
                 watchdog.run(),
                 keeper.run(),
-                ledger.run(),
                 lanes.run(outbox.knock),
                 _prune(ledger, clock, settings.ledger_keep_s),
             )
@@ -103,6 +105,14 @@ async def run(settings: Settings) -> None:
         dead.stop()
         await _stop(lanes, inbox, signals, settings.drain_timeout_s)
     _log.info(logs.WORKER_STOPPED, worker=name)
+
+
+async def _release(store: SessionStore, owner: str) -> None:
+    """Let go of the sessions; where the store is out of reach, their leases run out."""
+    try:
+        await store.release(owner)
+    except Exception as error:  # noqa: BLE001 - the worker stops all the same
+        _log.error(logs.STORE_FAILED, error=str(error))
 
 
 async def _prune(ledger: Ledger, clock: Clock, keep_s: float) -> None:

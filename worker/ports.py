@@ -189,20 +189,27 @@ class Ledger(Protocol):
     async def end(self, conversation_id: str, known_as: str, ended: Ended) -> Ended:
         """A command has ended beside its lane: note it, unless it has ended before; returns what stands."""
 
-    def keep(self, conversation_id: str, commands: Sequence[Kept], partition: int, epoch: int) -> Awaitable[Grant]:
-        """Keep commands behind those kept before, if the partition is still owned."""
-
-    def let_go(self, key: str) -> None:
-        """A command that was kept is settled."""
-
-    async def kept(self, conversation_id: str) -> list[Kept]:
-        """The commands that are kept, in order."""
-
-    async def backlogs(self) -> list[tuple[int, str]]:
-        """The partitions and conversations of which commands are kept."""
-
     async def raise_epoch(self, partition: int) -> int:
         """Begin a new ownership of the partition; all before it may intend nothing any more."""
 
     async def prune(self, before: float) -> None:
         """Forget what was last touched before that time, in epoch seconds, a batch at a time."""
+
+
+class BacklogStore(Protocol):
+    """The durable inbox: commands that the store keeps in the broker's stead, shared by all workers.
+
+    Writes take effect in the order in which the methods were called, and wait out an outage of the store.
+    """
+
+    def keep(self, conversation_id: str, commands: Sequence[Kept], partition: int, epoch: int) -> Awaitable[Grant]:
+        """Keep commands behind those kept before, if the partition is still owned: all of them or none."""
+
+    def let_go(self, key: str) -> None:
+        """A command that was kept is settled."""
+
+    async def kept(self, conversation_id: str) -> list[Kept]:
+        """The commands that are kept of the conversation, in order."""
+
+    async def conversations(self) -> list[tuple[int, str]]:
+        """The conversations of which commands are kept, with the partition they came from."""

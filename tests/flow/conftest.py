@@ -16,11 +16,13 @@ from worker.core.memory import Changes, Ended, Memory
 from worker.core.model import CallResult, Entry, ReplyTo, Session, Viewer
 from worker.core.work import Call, Rules
 from worker.flow import runner
+from worker.flow.backlog import Backlog
 from worker.flow.desk import Desk
 from worker.flow.keeper import Keeper
 from worker.flow.lanes import Lanes
 from worker.flow.settler import Settler
 from worker.ports import Grant
+from worker.stores.backlog import SqlBacklog
 from worker.stores.database import Database
 from worker.stores.ledger import SqlLedger
 
@@ -74,7 +76,12 @@ class Flow:
         self.desk = Desk(self.api, self.store, self.owner, self.clock)
         self.ledger = HeldLedger(self.database, self.clock)
         self.lanes = Lanes(
-            self.rules, desk=self.desk, ledger=self.ledger, settler=self.settler, clock=self.clock, window=100
+            self.rules,
+            desk=self.desk,
+            ledger=self.ledger,
+            backlog=Backlog(SqlBacklog(self.database), window=100),
+            settler=self.settler,
+            clock=self.clock,
         )
         self.keeper = Keeper(
             self.desk,
@@ -87,13 +94,10 @@ class Flow:
         self.deliveries: list[FakeDelivery] = []
         self.entries: list[Entry] = []
         self.tenure = FakeTenure(self.ledger)
-        self._writing = asyncio.create_task(self.ledger.run())
 
     async def close(self) -> None:
         """Stop at once, and look whether all is in order."""
         await self.lanes.abandon()
-        self._writing.cancel()
-        await asyncio.wait([self._writing])
         assert self.api.overlaps == 0
         assert all(delivery.settled <= 1 for delivery in self.deliveries)
         assert not self.lanes._runners

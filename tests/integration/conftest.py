@@ -17,11 +17,13 @@ from worker.amqp.outbox import Outbox
 from worker.amqp.topology import Record
 from worker.core.model import CallKind, CallResult, Piece, Session, Viewer
 from worker.core.work import Open, Rules
+from worker.flow.backlog import Backlog
 from worker.flow.clock import SteadyClock
 from worker.flow.dead_letters import DeadLetters
 from worker.flow.desk import Desk
 from worker.flow.lanes import Lanes
 from worker.flow.settler import Settler
+from worker.stores.backlog import SqlBacklog
 from worker.stores.database import Database
 from worker.stores.ledger import SqlLedger
 from worker.stores.sessions import SqlSessions
@@ -95,6 +97,7 @@ class Station:
     avatar: Avatar
     lanes: Lanes
     ledger: SqlLedger
+    kept: SqlBacklog
     settler: Settler
     consuming: Life
     publishing: Life
@@ -165,8 +168,14 @@ def start(amqp_url: str) -> Start:
         settler = Settler(outbox)
         desk = Desk(avatar, store, name, clock)
         wanted = agreed(partitions, prefetch=prefetch)
+        kept = SqlBacklog(database)
         lanes = Lanes(
-            Rules(default_avatar="a"), desk=desk, ledger=ledger, settler=settler, clock=clock, window=prefetch
+            Rules(default_avatar="a"),
+            desk=desk,
+            ledger=ledger,
+            backlog=Backlog(kept, window=prefetch),
+            settler=settler,
+            clock=clock,
         )
         inbox = Inbox(lanes, ledger.raise_epoch, wanted=wanted, worker=name, clock=clock)
         lanes.tenure_of = inbox.tenure_of
@@ -179,11 +188,10 @@ def start(amqp_url: str) -> Start:
             asyncio.create_task(work)
             for work in (
                 *(Link(where, name=name, heartbeat_s=10).run(life) for where, life in links),
-                ledger.run(),
                 lanes.run(outbox.knock),
             )
         )
-        station = Station(inbox, outbox, avatar, lanes, ledger, settler, consuming, publishing, tasks)
+        station = Station(inbox, outbox, avatar, lanes, ledger, kept, settler, consuming, publishing, tasks)
         try:
             await station.ready()
             yield station

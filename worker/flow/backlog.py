@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from worker.core.model import Entry, Misfit
-from worker.ports import Grant, KeepableDelivery, Kept, Ledger, Tenure
+from worker.ports import BacklogStore, Grant, KeepableDelivery, Kept, Tenure
 
 HOLD_S = 1.0
 """How long a command may wait for its turn before it is kept."""
@@ -24,16 +24,16 @@ class Backlog:
     `window` is how many deliveries of a partition the broker hands out unacknowledged.
     """
 
-    def __init__(self, ledger: Ledger, *, window: int) -> None:
+    def __init__(self, store: BacklogStore, *, window: int) -> None:
         self.most = window // 4
         """How many commands of one conversation may wait before they are kept."""
-        self._ledger = ledger
+        self._store = store
         self._in_hand: dict[str, Tenure] = {}
 
     async def keep(self, conversation_id: str, entries: Sequence[Entry], tenure: Tenure, epoch: int) -> Grant:
         """Move deliveries to the store, in order; nothing is done unless it is granted."""
         kept = [Kept(uuid.uuid4().hex, entry.key, keepable(entry).pack()) for entry in entries]
-        grant = await self._ledger.keep(conversation_id, kept, tenure.partition, epoch)
+        grant = await self._store.keep(conversation_id, kept, tenure.partition, epoch)
         if grant is Grant.GRANTED:
             for entry, one in zip(entries, kept, strict=True):
                 self._in_hand[one.key] = tenure
@@ -43,7 +43,7 @@ class Backlog:
     async def take(self, conversation_id: str, tenure: Tenure) -> list[Entry | Misfit]:
         """What is kept of the conversation, in order, but for what is being settled under the same tenure."""
         taken = []
-        for one in await self._ledger.kept(conversation_id):
+        for one in await self._store.kept(conversation_id):
             if self._in_hand.get(one.key) is not tenure:
                 self._in_hand[one.key] = tenure
                 taken.append(tenure.unpack(one.entry_key, one.packed, partial(self._let_go, one.key)))
@@ -52,7 +52,7 @@ class Backlog:
     async def conversations(self) -> dict[int, list[str]]:
         """Of which conversations something is kept, by partition."""
         found: dict[int, list[str]] = {}
-        for number, conversation_id in await self._ledger.backlogs():
+        for number, conversation_id in await self._store.conversations():
             found.setdefault(number, []).append(conversation_id)
         return found
 
@@ -62,7 +62,7 @@ class Backlog:
 
     def _let_go(self, key: str) -> None:
         self._in_hand.pop(key, None)
-        self._ledger.let_go(key)
+        self._store.let_go(key)
 
 
 def keepable(entry: Entry) -> KeepableDelivery:

@@ -25,15 +25,15 @@ class Lanes:
     """Routes what is delivered to the runner of its conversation, by a plain call: no await between broker and lane."""
 
     def __init__(
-        self, rules: Rules, *, desk: Desk, ledger: Ledger, settler: Settler, clock: Clock, window: int
+        self, rules: Rules, *, desk: Desk, ledger: Ledger, backlog: Backlog, settler: Settler, clock: Clock
     ) -> None:
         self.tenure_of: Callable[[int], Tenure | None] = lambda _: None
         """The tenure under which this worker owns a partition just now, if it does: the inbox knows."""
-        self._backlog = Backlog(ledger, window=window)
         self._rules = rules
         self._breaker = Breaker()
         self._desk = desk
         self._ledger = ledger
+        self._backlog = backlog
         self._settler = settler
         self._clock = clock
         self._runners: dict[str, Runner] = {}
