@@ -110,4 +110,7 @@ async def _rehearse(*, unasked: bool) -> AsyncIterator[Finding]:
 def _agrees(question: str) -> bool:
     sys.stdout.write(question)
     sys.stdout.flush()
-    return sys.stdin.readline().strip().lower() in ("y", "yes")
+    answer = sys.stdin.readline()
+    if not sys.stdin.isatty():
+        sys.stdout.write("\n")  # as a person's Enter does
+    return answer.strip().lower() in ("y", "yes")

@@ -77,6 +77,6 @@ async def wanted_by(settings: TopologySettings) -> Record:
 
 def tell(finding: Finding) -> bool:
     """Print one line; returns whether something is wrong."""
-    sys.stdout.write(f"{finding.state:<10}{finding.item:<24} {redacted(finding.text)}\n")
+    sys.stdout.write(f"{finding.state:<10}{finding.item:<28} {redacted(finding.text)}\n")
     sys.stdout.flush()
     return finding.state is State.WRONG

@@ -159,9 +159,9 @@ async def build(channel: AbstractChannel, partitions: int) -> None:
         await channel.declare_exchange(name, kind, durable=True, arguments=arguments)
     for name, arguments in queues(partitions).items():
         await channel.declare_queue(name, durable=True, arguments=arguments)
-    bind = (await channel.get_underlay_channel()).queue_bind
-    bind_exchange = (await channel.get_underlay_channel()).exchange_bind
-    await bind(routes.DEAD, routes.DEAD)
+    underlay = await channel.get_underlay_channel()
+    bind, bind_exchange = underlay.queue_bind, underlay.exchange_bind
+    await bind(routes.DEAD, routes.DEAD, routes.DEAD)
     if partitions == 1:
         await bind(routes.partition_queue(0), routes.COMMANDS, "#")
     else:

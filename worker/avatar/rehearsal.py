@@ -43,23 +43,24 @@ async def rehearse(api: Api, ks: KsSource, wanted: Open) -> AsyncIterator[Findin
             if session is not None:
                 working.append(form)
                 result = await client.end(session)
-            yield _told(f"create, {form.create_path or 'bare base'}, {form.avatar_field}", result, needed=form == api)
+            item = f"create, {form.create_path or 'bare base'}, {form.avatar_field}"
+            yield _told(item, result, needed=form == api, secret=ks.current())
     if not working:
         return
     async with AvatarClient(working[0], ks) as client:
         for voice_id in dict.fromkeys((wanted.voice_id, None)):
             variant = replace(wanted, voice_id=voice_id)
-            async for finding in _converse(client, variant, needed=variant == wanted):
+            async for finding in _converse(client, variant, ks, needed=variant == wanted):
                 yield finding
     yield Finding.note("settings", f"use {_settings(working[0])}")
 
 
-async def _converse(client: AvatarClient, wanted: Open, *, needed: bool) -> AsyncIterator[Finding]:
+async def _converse(client: AvatarClient, wanted: Open, ks: KsSource, *, needed: bool) -> AsyncIterator[Finding]:
     """All calls of a session. Its end is called whatever happens before."""
     how = "with VOICE_ID" if wanted.voice_id else "without voice"
     result, session = await client.create(wanted)
     if session is None:
-        yield _told(f"create {how}", result, needed=needed)
+        yield _told(f"create {how}", result, needed=needed, secret=ks.current())
         return
     piece = Piece("doctor", SENTENCE, is_final=True, parts=())
     results: dict[str, CallResult] = {}
@@ -70,14 +71,14 @@ async def _converse(client: AvatarClient, wanted: Open, *, needed: bool) -> Asyn
     finally:
         results["end"] = await client.end(session)
     for verb, result in results.items():
-        yield _told(f"{verb} {how}", result, needed=needed)
+        yield _told(f"{verb} {how}", result, needed=needed, secret=session.token)
 
 
-def _told(item: str, result: CallResult, *, needed: bool) -> Finding:
-    """A line about a call; `needed`: as the settings have it, so that it should work."""
+def _told(item: str, result: CallResult, *, needed: bool, secret: str) -> Finding:
+    """A line about a call that was made with a `secret`; `needed`: as the settings have it, so that it should work."""
     if result.kind is CallKind.OK:
         return Finding.ok(item, "works")
-    text = f"{result.status or 'no answer'}: {redacted(result.error)}"
+    text = f"{result.status or 'no answer'}: {redacted(result.error.replace(secret, '[redacted]'))}"
     if not needed:
         return Finding.note(item, f"does not work here: {text}")
     match result.kind:
