@@ -57,7 +57,7 @@ async def run(settings: Settings) -> None:
         database = await Database.open(settings.store_url)
         stack.push_async_callback(database.close)
         store, ledger = SqlSessions(database), SqlLedger(database, clock)
-        api = await stack.enter_async_context(AvatarClient(_api(settings), ks))
+        api = await stack.enter_async_context(AvatarClient(api_of(settings), ks))
         outbox = Outbox(source=settings.event_source, worker=name, event_retry_s=settings.event_retry_s, clock=clock)
         settler = Settler(outbox)
         desk = Desk(api, store, name, clock)
@@ -147,7 +147,8 @@ def credentials(settings: Settings) -> KsSource:
     return FixedKs(settings.avatar_ks)
 
 
-def _api(settings: Settings) -> Api:
+def api_of(settings: Settings) -> Api:
+    """Where the Avatar API is, and its forms."""
     return Api(
         base_url=settings.avatar_base_url,
         create_path=settings.avatar_create_path,
