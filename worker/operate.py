@@ -13,6 +13,7 @@ from worker.core.finding import Finding, State
 from worker.errors import TopologyError
 from worker.ops.logs import redacted
 from worker.settings import BrokerSettings, TopologySettings
+from worker.stores.backlog import SqlBacklog
 from worker.stores.database import Database
 from worker.stores.sessions import SqlSessions
 
@@ -39,8 +40,13 @@ async def declare_topology(settings: TopologySettings) -> int:
 
 
 async def repartition(settings: TopologySettings, partitions: int) -> int:
-    """Change the number of partitions and print what to do next; returns the exit code."""
+    """Change the number of partitions and print what to do next; returns the exit code.
+
+    Raises:
+        TopologyError: a worker runs, or commands wait, in a queue or in the store.
+    """
     wanted = replace(await wanted_by(settings), partitions=partitions)
+    await _demand_no_backlog(settings)
     async with connected(settings) as connection:
         done = await repartitioning.repartition(connection, wanted)
     before = f"{done.before} partitions before, now" if done.before else "now"
@@ -73,6 +79,19 @@ async def wanted_by(settings: TopologySettings) -> Record:
         return Record(settings.partitions, await SqlSessions(database).identity(), settings.prefetch)
     finally:
         await database.close()
+
+
+async def _demand_no_backlog(settings: TopologySettings) -> None:
+    database = await Database.open(settings.store_url)
+    try:
+        waiting = await SqlBacklog(database).conversations()
+    finally:
+        await database.close()
+    if waiting:
+        raise TopologyError(
+            f"the store keeps commands of {len(waiting)} conversations that wait to be spoken: run workers until they "
+            "have been, stop the workers, and run this again"
+        )
 
 
 def tell(finding: Finding) -> bool:
