@@ -2,12 +2,11 @@
 
 from collections import deque
 from collections.abc import Iterable, Iterator
-from itertools import takewhile
 
-from schemas.commands import Speak
+from schemas.commands import Interrupt, Speak
 from worker.core import verdict
 from worker.core.memory import Ended, Memory
-from worker.core.model import Entry, Session, speak_of
+from worker.core.model import Entry, Session
 from worker.core.verdict import Conclusion
 
 
@@ -51,11 +50,21 @@ class Book:
                 yield entry
             seen.add(entry.key)
 
-    def run(self, turn_id: str) -> list[Entry]:
-        """The chunks of that turn at the head of the queue, up to the first entry that is anything else."""
-        waiting = zip(self._queue, self.chunks(), strict=False)
-        same = takewhile(lambda pair: pair[0] is pair[1] and speak_of(pair[0]).turn_id == turn_id, waiting)
-        return [entry for entry, _ in same]
+    def run(self, turn_id: str) -> tuple[list[Entry], bool]:
+        """The chunks of that turn at the head of the queue, and whether any other command stands behind them.
+
+        Repeats are not for speech, and interrupts end by themselves: neither parts what belongs together.
+        """
+        run: list[Entry] = []
+        seen: set[str] = set()
+        for entry in self._queue:
+            if isinstance(entry.command, Interrupt) or entry.key in seen or self.known(entry):
+                continue
+            if not isinstance(entry.command, Speak) or entry.command.turn_id != turn_id:
+                return run, True
+            run.append(entry)
+            seen.add(entry.key)
+        return run, False
 
     def tell(self, conclusion: Conclusion) -> None:
         """Something happened with which no entry ends; the next one that does repeats it, should it come again."""

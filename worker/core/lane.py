@@ -71,8 +71,10 @@ class Lane:
             self._note_busy()
         else:
             if isinstance(entry.command, Speak):
-                if entry.replay and not self._book.known(entry):
-                    self._speech.revive(entry, now)
+                if not self._book.known(entry):
+                    self._speech.hear(entry, now)
+                    if entry.replay:
+                        self._speech.turns.revive(entry, now)
                 self._interrupts.meet(entry, now)
             self._book.add(entry)
         return self._book.take()
@@ -161,9 +163,14 @@ class Lane:
             if self._sessions.session:
                 return CallInterrupt()
             self._interrupts.tell_again = False
-        while len(self._book):
+        has_session = self._sessions.session is not None
+        while True:
             if self._attempts.not_before > now and not self._speech.outdated(now):
                 return Wait(self._attempts.not_before)
+            if closing := self._speech.plan_closing(now, has_session=has_session):
+                return Say(closing)
+            if not len(self._book):
+                return None if self._speech.closes_at is None else Wait(self._speech.closes_at)
             head = self._book.head
             if self._book.known(head) and self._speech.piece is None:
                 if self._interrupts.was_told(head):
@@ -174,7 +181,6 @@ class Lane:
             work = self._plan_head(head, now)
             if work is not None:
                 return work
-        return None
 
     def _plan_head(self, head: Entry, now: float) -> Work | None:
         match head.command:
@@ -190,7 +196,8 @@ class Lane:
             case SessionAttach() as attach:
                 return self._sessions.plan_attach(attach, now)
             case SessionEnd():
-                return self._sessions.plan_end(head, now)
+                closing = self._speech.plan_end(head, now, has_session=self._sessions.session is not None)
+                return Say(closing) if closing else self._sessions.plan_end(head, now)
             case _ as unreachable:
                 assert_never(unreachable)
 

@@ -9,6 +9,7 @@ from enum import StrEnum
 from itertools import count
 
 from schemas.events import Event
+from worker.core.shaping import shaper
 
 KEPT_AT_HAND = 2000
 """Ended commands a lane remembers by itself; of older ones it asks the ledger."""
@@ -66,7 +67,10 @@ class SentPart:
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """The piece that was about to be said, as it was sent: the *intent*. Only its outcome tells whether it was."""
+    """The piece that was about to be said, as it was sent: the *intent*. Only its outcome tells whether it was.
+
+    `shapes`, `auto_final` and `name` are the piece's, see `model.Piece`.
+    """
 
     turn_id: str
     text: str
@@ -74,6 +78,9 @@ class Attempt:
     parts: tuple[SentPart, ...]
     begun: float
     count: int
+    shapes: shaper.State | None = None
+    auto_final: bool = False
+    name: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +89,8 @@ class State:
 
     `number` counts attempts, so that an outcome that comes late cannot undo what came after. `attempt` stands as long
     as nobody has said what became of it. `busy_until`: a call whose answer never came counts as running until then.
-    `spoken`: characters of a chunk that left in earlier pieces, by entry key. `playing_until`: when, by estimate, the
+    `spoken`: characters of a chunk that left in earlier pieces, by entry key. `shapes`: how far each open turn was
+    shaped, and what its next piece depends on. `playing_until`: when, by estimate, the
     avatar falls silent. `heard_last`: the turn whose text the API took last, with those whose text it may have taken
     since. `silenced`: what interrupts that have not ended have done, by entry key: turns, and the chunks each has lost.
     `doubtful`: chunks, by entry key, that were perhaps said in an attempt that could not be repeated as it was.
@@ -95,6 +103,7 @@ class State:
     attempt: Attempt | None = None
     busy_until: float = 0.0
     spoken: Mapping[str, int] = field(default_factory=dict)
+    shapes: Mapping[str, shaper.State] = field(default_factory=dict)
     playing_until: float = 0.0
     heard_last: frozenset[str] = frozenset()
     silenced: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
@@ -159,6 +168,7 @@ class Memory:
         """The turn begins anew."""
         self.turns[turn_id] = Turn(touched=now, replay=self.turns[turn_id].replay)
         self._touched.add(turn_id)
+        self.shape(turn_id, None)
 
     def is_silent(self, turn_id: str) -> bool:
         """Whether chunks of that turn are not spoken."""
@@ -212,6 +222,18 @@ class Memory:
         elif key in self.state.spoken or key in self.state.doubtful:
             spoken = {other: count for other, count in self.state.spoken.items() if other != key}
             self.update(spoken=spoken, doubtful=self.state.doubtful - {key})
+
+    @property
+    def shapes(self) -> Mapping[str, shaper.State]:
+        """See `State`."""
+        return self.state.shapes
+
+    def shape(self, turn_id: str, state: shaper.State | None) -> None:
+        """The turn was shaped so far; None: it is over, or begins anew."""
+        if state is not None:
+            self.update(shapes={**self.state.shapes, turn_id: state})
+        elif turn_id in self.state.shapes:
+            self.update(shapes={other: shape for other, shape in self.state.shapes.items() if other != turn_id})
 
     def note_silenced(self, key: str, turns: Mapping[str, int]) -> None:
         """The interrupt has acted."""

@@ -15,6 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from schemas.events import EVENT_TYPES, Event
 from worker.core.memory import Attempt, Changes, Ended, Memory, SentPart, State, Turn, TurnState
+from worker.core.shaping import shaper
 from worker.ops import logs
 from worker.ports import Clock, Grant
 from worker.stores.database import Database, to_the_end
@@ -319,7 +320,9 @@ def _state(text: str) -> State:
     attempt = document.pop("attempt")
     if attempt is not None:
         parts = tuple(SentPart(**part) for part in attempt.pop("parts"))
-        attempt = Attempt(parts=parts, **attempt)
+        shapes = attempt.pop("shapes", None)
+        attempt = Attempt(parts=parts, shapes=shapes and shaper.State(*shapes), **attempt)
     heard_last, doubtful = frozenset(document.pop("heard_last")), frozenset(document.pop("doubtful"))
     untold = tuple(map(_event, document.pop("untold")))
+    document["shapes"] = {turn: shaper.State(*shape) for turn, shape in document.get("shapes", {}).items()}
     return State(attempt=attempt, heard_last=heard_last, doubtful=doubtful, untold=untold, **document)
