@@ -20,6 +20,7 @@ class Book:
         self.conversation_id = conversation_id
         self.memory = memory
         self._queue: deque[Entry] = deque()
+        self._numbered: dict[tuple[str, int], str] = {}
         # Whoever served the conversation before may not have come to it.
         self._out = [Conclusion(event) for event in memory.state.untold]
 
@@ -37,6 +38,12 @@ class Book:
     def add(self, entry: Entry) -> None:
         """Queue an entry behind all others."""
         self._queue.append(entry)
+        if isinstance(entry.command, Speak) and entry.command.seq is not None:
+            self._numbered.setdefault((entry.command.turn_id, entry.command.seq), entry.key)
+
+    def numbered(self, turn_id: str, seq: int) -> str | None:
+        """The key of the chunk that waits under this number of its turn."""
+        return self._numbered.get((turn_id, seq))
 
     def known(self, entry: Entry) -> bool:
         """Whether a command with this id has ended, in this life of it."""
@@ -84,6 +91,8 @@ class Book:
             for entry in conclusion.entries:
                 assert isinstance(entry, Entry)
                 self._leave(entry)
+                if isinstance(entry.command, Speak) and entry.command.seq is not None:
+                    self.memory.note_number(entry.command.turn_id, entry.command.seq)
                 if entry.known_as is not None:
                     ended = Ended(entry.fingerprint, conclusion.event, now, before, conclusion.after)
                     self.memory.end(entry.known_as, ended)
@@ -114,4 +123,8 @@ class Book:
             self._queue.popleft()
         else:
             self._queue.remove(entry)
+        if isinstance(entry.command, Speak) and entry.command.seq is not None:
+            number = entry.command.turn_id, entry.command.seq
+            if self._numbered.get(number) == entry.key:
+                del self._numbered[number]
         self.memory.speak_up_to(entry.key, None)

@@ -14,6 +14,10 @@ from worker.core.shaping import shaper
 KEPT_AT_HAND = 2000
 """Ended commands a lane remembers by itself; of older ones it asks the ledger."""
 
+NUMBERED_TURNS = 32
+"""Of so many turns, the latest, a conversation remembers the numbers of their chunks."""
+NUMBER_RANGES = 32
+
 
 class TurnState(StrEnum):
     """Only an interrupt, a failure or expiry silences a turn; a final merely closes it."""
@@ -95,6 +99,7 @@ class State:
     since. `silenced`: what interrupts that have not ended have done, by entry key: turns, and the chunks each has lost.
     `doubtful`: chunks, by entry key, that were perhaps said in an attempt that could not be repeated as it was.
     `fences`: the interrupts whose express copy has acted and whose ordered copy is still to come, and since when.
+    `numbers`: of the chunks that have ended, by turn, in ranges from first to last.
     `partition`: where the conversation's commands came from last.
     `untold`: events with which no command has ended; nobody can tell whether they were told before a worker died.
     """
@@ -109,6 +114,7 @@ class State:
     silenced: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     doubtful: frozenset[str] = frozenset()
     fences: Mapping[str, float] = field(default_factory=dict)
+    numbers: Mapping[str, tuple[tuple[int, int], ...]] = field(default_factory=dict)
     partition: int | None = None
     untold: tuple[Event, ...] = ()
 
@@ -234,6 +240,28 @@ class Memory:
             self.update(shapes={**self.state.shapes, turn_id: state})
         elif turn_id in self.state.shapes:
             self.update(shapes={other: shape for other, shape in self.state.shapes.items() if other != turn_id})
+
+    def has_number(self, turn_id: str, seq: int) -> bool:
+        """Whether a chunk of that turn with that number has ended."""
+        return any(first <= seq <= last for first, last in self.state.numbers.get(turn_id, ()))
+
+    def last_number(self, turn_id: str) -> int | None:
+        """The highest number of a chunk of that turn that has ended."""
+        ranges = self.state.numbers.get(turn_id)
+        return ranges[-1][1] if ranges else None
+
+    def note_number(self, turn_id: str, seq: int) -> None:
+        """A chunk with that number has ended."""
+        if self.has_number(turn_id, seq):
+            return
+        merged: list[tuple[int, int]] = []
+        for first, last in sorted([*self.state.numbers.get(turn_id, ()), (seq, seq)]):
+            if merged and first <= merged[-1][1] + 1:
+                merged[-1] = (merged[-1][0], last)
+            else:
+                merged.append((first, last))
+        others = [item for item in self.state.numbers.items() if item[0] != turn_id]
+        self.update(numbers=dict([*others[-NUMBERED_TURNS + 1 :], (turn_id, tuple(merged[-NUMBER_RANGES:]))]))
 
     def note_silenced(self, key: str, turns: Mapping[str, int]) -> None:
         """The interrupt has acted."""

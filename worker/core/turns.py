@@ -72,6 +72,10 @@ class Turns:
         after = (verdict.turn_failed(conversation_id, entries[0], reason),)
         self._book.end([replace(failed, after=after)], now)
 
+    def discard_repeat(self, chunk: Entry, now: float) -> None:
+        """Another command has, or had, its number."""
+        self._discard([chunk], DiscardReason.DUPLICATE, now)
+
     def silence(self, interrupt: Entry, wanted: str | None, now: float, spared: Sequence[Entry]) -> dict[str, int]:
         """An interrupt: end the chunks it is about and mark their turns. `spared` chunks are in a call just now.
 

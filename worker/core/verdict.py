@@ -257,4 +257,4 @@ def session_failed(
 
 def milliseconds(seconds: float) -> int:
     """As events state durations: whole, and never negative, since clocks of two machines differ."""
-    return max(0, round(seconds * 1000))
+    return round(max(0.0, seconds) * 1000)

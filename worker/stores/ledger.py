@@ -324,5 +324,7 @@ def _state(text: str) -> State:
         attempt = Attempt(parts=parts, shapes=shapes and shaper.State(*shapes), **attempt)
     heard_last, doubtful = frozenset(document.pop("heard_last")), frozenset(document.pop("doubtful"))
     untold = tuple(map(_event, document.pop("untold")))
+    numbers = document.get("numbers", {}).items()
+    document["numbers"] = {turn: tuple((first, last) for first, last in ranges) for turn, ranges in numbers}
     document["shapes"] = {turn: shaper.State(*shape) for turn, shape in document.get("shapes", {}).items()}
     return State(attempt=attempt, heard_last=heard_last, doubtful=doubtful, untold=untold, **document)
