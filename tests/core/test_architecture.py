@@ -54,18 +54,22 @@ ROOMS_OF = {
 # The core computes. What is not listed here may reach a clock, chance, the machine or a vendor.
 PURE = {
     "abc",
+    "bisect",
     "collections",
     "dataclasses",
     "enum",
     "functools",
     "hashlib",
+    "html",
     "itertools",
     "json",
     "math",
+    "operator",
     "re",
+    "regex",
+    "sentencex",
     "typing",
 }
-PURE |= {"unicodedata"}
 VAGUE = {"common", "helpers", "misc", "util", "utils"}
 
 

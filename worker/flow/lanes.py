@@ -2,6 +2,7 @@
 
 import asyncio
 import contextvars
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
@@ -29,6 +30,8 @@ class Lanes:
     ) -> None:
         self.tenure_of: Callable[[int], Tenure | None] = lambda _: None
         """The tenure under which this worker owns a partition just now, if it does: the inbox knows."""
+        self.disorders: Counter[str] = Counter()
+        """How often the numbers of chunks were not in order, by kind."""
         self._rules = rules
         self._breaker = Breaker()
         self._desk = desk
@@ -146,6 +149,7 @@ class Lanes:
             backlog=self._backlog,
             settler=self._settler,
             clock=self._clock,
+            disorders=self.disorders,
         )
         self._runners[conversation_id] = runner
         # A context of its own: the log context of the delivery that happened to come first is not for the others.

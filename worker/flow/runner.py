@@ -8,7 +8,7 @@ of reach) is dropped too, and built again from what it held, after a pause; its 
 
 import asyncio
 import random
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -16,13 +16,14 @@ from typing import Any
 
 import structlog
 
-from schemas.commands import Interrupt
+from schemas.commands import Interrupt, Speak
 from worker.core import verdict
 from worker.core.book import Book
 from worker.core.breaker import Breaker
 from worker.core.lane import Lane
 from worker.core.memory import Memory
 from worker.core.model import CallKind, CallResult, Entry, Misfit, Session
+from worker.core.pressure import Pressure
 from worker.core.verdict import Conclusion
 from worker.core.work import INTENT_S, Call, Rules, Say, Wait
 from worker.errors import LinkLost
@@ -57,6 +58,7 @@ class Runner:
         backlog: Backlog,
         settler: Settler,
         clock: Clock,
+        disorders: Counter[str],
     ) -> None:
         self.conversation_id = conversation_id
         self._rules = rules
@@ -66,6 +68,10 @@ class Runner:
         self._backlog = backlog
         self._settler = settler
         self._clock = clock
+        self._disorders = disorders
+        self._pressure = Pressure(conversation_id, rules)
+        self._waiting_chars = 0
+        self._pausing: asyncio.Task[None] | None = None
         self._arrived: deque[Entry] = deque()
         self._held: deque[Entry] = deque()
         self._summons: Tenure | None = None
@@ -89,6 +95,8 @@ class Runner:
         self._wake.set()
         if self._in_call and isinstance(entry.command, Interrupt):
             self._start(self._hear())
+        elif self._in_call and isinstance(entry.command, Speak):
+            self._press(self._waiting_chars + len(entry.command.text))
 
     def hear(self, entry: Entry) -> None:
         """Take the express copy of an interrupt, under whatever tenure the conversation is served."""
@@ -132,6 +140,7 @@ class Runner:
             self._summons = None
         if self._tenure is tenure:
             self._tenure = None
+            self._pressure.forget()
         self._wake.set()
 
     def stop(self) -> None:
@@ -172,6 +181,7 @@ class Runner:
             self._tell_interrupts()
             now = self._clock()
             step = self._lane.next(now, self._breaker.hold_until(now))
+            self._press(self._lane.waiting_chars)
             if step.work is None:
                 self._submit(step.conclusions)
                 await _before(self._wake, LINGER_S)
@@ -214,10 +224,29 @@ class Runner:
             self._submit(lane.interrupted(entry, told, self._clock()))
             self._wake.set()
 
-    def _start(self, errand: Coroutine[Any, Any, None]) -> None:
+    def _press(self, waiting_chars: int) -> None:
+        """Tell producers, if they should know, that so much waits."""
+        self._waiting_chars = waiting_chars
+        event = self._pressure.look(waiting_chars, self._clock())
+        if event is not None:
+            self._settler.submit([Conclusion(event)])
+        if self._pressure.again_at is not None and self._pausing is None:
+            self._pausing = self._start(self._press_on())
+        elif self._pressure.again_at is None and self._pausing is not None:
+            self._pausing.cancel()
+            self._pausing = None
+
+    async def _press_on(self) -> None:
+        """Repeat it while it lasts, whatever is under way."""
+        while not self._stopping.is_set() and (again_at := self._pressure.again_at) is not None:
+            await _before(self._stopping, again_at - self._clock())
+            self._press(self._waiting_chars)
+
+    def _start(self, errand: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(errand)
         self._errands.add(task)
         task.add_done_callback(self._errands.discard)
+        return task
 
     async def _admit(self) -> None:
         """Hand what has arrived to the lane, once it is known whether it ended before."""
@@ -241,6 +270,19 @@ class Runner:
                     break
                 self._submit(self._lane.offer(entry, self._clock()))
                 self._arrived.popleft()
+                self._note_disorder()
+
+    def _note_disorder(self) -> None:
+        for one in self._lane.take_disorders():
+            self._disorders[one.kind] += 1
+            _log.warning(
+                logs.CHUNKS_OUT_OF_ORDER,
+                conversation_id=self.conversation_id,
+                turn_id=one.turn_id,
+                kind=one.kind,
+                expected=one.expected,
+                seq=one.seq,
+            )
 
     async def _look_up(self, message_ids: set[str]) -> None:
         self._memory.trim()
