@@ -108,6 +108,9 @@ class Outbox(Protocol):
     async def park(self, delivery: Delivery, parked: Parked) -> None:
         """Keep a copy of a command that was given up, without its token, with the reason in headers."""
 
+    async def mark(self, conversation_id: str, old: int, new: int) -> bool:
+        """Send a marker of a moved conversation behind all there is in its old partition. False: that one is gone."""
+
     async def answer(self, reply_to: ReplyTo, payload: Mapping[str, Any]) -> None:
         """Answer whoever asked, once; nobody waiting is normal."""
 
@@ -208,8 +211,8 @@ class BacklogStore(Protocol):
     def let_go(self, key: str) -> None:
         """A command that was kept is settled."""
 
-    async def kept(self, conversation_id: str) -> list[Kept]:
-        """The commands that are kept of the conversation, in order."""
+    async def kept(self, conversation_id: str, partition: int) -> list[Kept]:
+        """The commands that are kept of the conversation and came from that partition, in order."""
 
     async def conversations(self) -> list[tuple[int, str]]:
         """The conversations of which commands are kept, with the partition they came from."""

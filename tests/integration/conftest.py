@@ -175,6 +175,7 @@ def start(amqp_url: str) -> Start:
             ledger=ledger,
             backlog=Backlog(kept, window=prefetch),
             settler=settler,
+            mark=outbox.mark,
             clock=clock,
         )
         inbox = Inbox(lanes, ledger.raise_epoch, wanted=wanted, worker=name, clock=clock)

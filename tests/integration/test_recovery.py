@@ -11,7 +11,7 @@ from tests.support.bus import Bus, connected
 from tests.support.proxy import proxied
 from worker.amqp.delivery import AmqpDelivery
 from worker.amqp.inbox import Inbox
-from worker.core.model import Entry, Misfit
+from worker.core.model import Entry, Marker, Misfit
 from worker.flow.clock import SteadyClock
 from worker.local.broker import OwnedBroker
 
@@ -84,6 +84,9 @@ class Catcher:
 
     def hear(self, entry: Entry) -> None:
         pass
+
+    def pass_through(self, marker: Marker) -> None:
+        raise AssertionError(marker)
 
     def reject(self, misfit: Misfit) -> None:
         raise AssertionError(misfit)

@@ -19,12 +19,12 @@ from aiormq.abc import DeliveredMessage
 
 from schemas import routes
 from schemas.commands import FieldError, Interrupt, Malformed, RejectReason, parse
-from worker.amqp import topology
+from worker.amqp import notes, topology
 from worker.amqp.delivery import AmqpDelivery
 from worker.amqp.lenient import printable, readable
 from worker.amqp.link import LOSSES, named_losses
 from worker.amqp.topology import Record
-from worker.core.model import Entry, Misfit, ReplyTo
+from worker.core.model import Entry, Marker, Misfit, ReplyTo
 from worker.core.ownership import score
 from worker.errors import LinkLost
 from worker.ops import logs
@@ -45,8 +45,6 @@ REPLAY_RUN = "avatar-replay-run"
 """Header: the same for all that was sent again together."""
 
 
-KNOCK = "avatar.knock"
-
 RaiseEpoch = Callable[[int], Awaitable[int]]
 
 
@@ -55,6 +53,9 @@ class Receiver(Protocol):
 
     def offer(self, entry: Entry) -> None:
         """A command."""
+
+    def pass_through(self, marker: Marker) -> None:
+        """A marker of a moved conversation."""
 
     def hear(self, entry: Entry) -> None:
         """The express copy of an interrupt."""
@@ -215,8 +216,12 @@ class Inbox:
                 return
             tenure.active = True
             delivery = AmqpDelivery(tenure, channel, message, self._clock())
-            if is_knock(delivery):
-                await delivery.settle()
+            if notes.is_note(delivery):
+                marker = notes.read_marker(delivery)
+                if marker is None:
+                    await delivery.settle()
+                else:
+                    self._receiver.pass_through(marker)
             else:
                 self._receive(delivery)
 
@@ -250,12 +255,6 @@ class Inbox:
             self._receiver.offer(received)
         else:
             self._receiver.reject(received)
-
-
-def is_knock(delivery: AmqpDelivery) -> bool:
-    """Whether the message only tells the owner of the partition that it is its owner, see `Outbox.knock`."""
-    # Through our exchanges anybody can send anything.
-    return delivery.message.header.properties.message_type == KNOCK and not delivery.delivered.exchange
 
 
 def understand(delivery: AmqpDelivery) -> Entry | Misfit:

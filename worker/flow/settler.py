@@ -29,22 +29,28 @@ class Settler:
 
     def __init__(self, outbox: Outbox) -> None:
         self._outbox = outbox
-        self._queues: dict[str, deque[_Submitted]] = {}
+        self._queues: dict[str, deque[_Submitted | Delivery]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
     def submit(self, conclusions: Iterable[Conclusion], recorded: Awaitable[Grant] | None = None) -> None:
         """Carry these out after all that was submitted for the same conversation before, and when they are recorded."""
         for conclusion in conclusions:
-            subject = conclusion.event.subject
-            queue = self._queues.get(subject)
-            if queue is not None:
-                queue.append(_Submitted(conclusion, recorded))
-                continue
-            self._queues[subject] = deque([_Submitted(conclusion, recorded)])
-            # A context of its own: the log context of the delivery that happened to come first is not for the others.
-            task = asyncio.create_task(self._empty(subject), context=contextvars.Context())
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._append(conclusion.event.subject, _Submitted(conclusion, recorded))
+
+    def acknowledge(self, conversation_id: str, delivery: Delivery) -> None:
+        """Settle what no event tells of, after all that was submitted for the conversation before."""
+        self._append(conversation_id, delivery)
+
+    def _append(self, subject: str, one: "_Submitted | Delivery") -> None:
+        queue = self._queues.get(subject)
+        if queue is not None:
+            queue.append(one)
+            return
+        self._queues[subject] = deque([one])
+        # A context of its own: the log context of the delivery that happened to come first is not for the others.
+        task = asyncio.create_task(self._empty(subject), context=contextvars.Context())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def drain(self) -> None:
         """Return when all that was submitted is carried out."""
@@ -61,7 +67,10 @@ class Settler:
         queue = self._queues[subject]
         try:
             while queue:
-                await self._carry_out(queue[0])
+                if isinstance(queue[0], _Submitted):
+                    await self._carry_out(queue[0])
+                else:
+                    await queue[0].settle()
                 queue.popleft()
         finally:
             del self._queues[subject]
