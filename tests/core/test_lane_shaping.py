@@ -198,6 +198,9 @@ class TestClosing:
         assert talk.offer(speak("t1", "Again.", final=True)).settle().said[-1] == ("t1", "Again.", True)
         assert len({event.id("") for event in talk.events}) == len(talk.events)
 
+    def test_a_closed_turn_keeps_no_lane(self) -> None:
+        assert talk_of().offer(speak("t1", "Well, then.", final=True)).settle().now == NOW
+
     def test_with_what_still_waits(self) -> None:
         talk = talk_of("Well, then. ", "[open](htt").settle()
         assert talk.said == [("t1", "Well, then. ", False), ("t1", "[open](htt", True)]
