@@ -182,8 +182,8 @@ class Chat:
     def stop(self, *_: object) -> None:
         """First Ctrl-C: barge in, say no more. The second one leaves at once."""
         self.stopped = True
-        for _, over in self.pauses.values():
-            over.set()
+        for pause in self.pauses.values():
+            pause[1].set()
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     async def all_ended(self) -> None:
