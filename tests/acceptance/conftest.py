@@ -27,7 +27,19 @@ KS = "test-ks"
 
 # Whoever runs the tests may have settings of his own in the environment; none of them may reach the processes.
 SETTINGS = (
-    *("AMBIGUOUS_", "AMQP_", "AVATAR_", "DRAIN_", "EVENT_", "HEARTBEAT_", "INTERRUPT_", "KEEP_", "LEDGER_", "LLM_"),
+    *(
+        "AMBIGUOUS_",
+        "AMQP_",
+        "AVATAR_",
+        "DRAIN_",
+        "EVENT_",
+        "FLOW_",
+        "HEARTBEAT_",
+        "INTERRUPT_",
+        "KEEP_",
+        "LEDGER_",
+        "LLM_",
+    ),
     *("LOG_", "OPS_", "PARTITIONS", "PREFETCH", "SESSION_", "SPEECH_", "STORE_", "VOICE_", "WORKER_"),
 )
 

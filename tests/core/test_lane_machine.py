@@ -382,7 +382,8 @@ class LaneMachine(RuleBasedStateMachine):
         ended = {one.delivery for conclusion in self.talk.conclusions for one in conclusion.entries}
         assert ended >= set(self.unacked)
         state = self.talk.written.recall().state
-        assert (state.attempt, state.spoken, state.silenced, state.fences) == (None, {}, {}, {})
+        assert (state.attempt, state.silenced, state.fences) == (None, {}, {})
+        assert not [key for key in state.spoken if key.startswith("m")], "without an id a chunk is not known again"
         still_open = set(self.talk.written.recall().open_turns())
         assert set(state.shapes) <= still_open
         assert not (still_open and self.talk.rules.auto_final_s)
