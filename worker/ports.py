@@ -3,7 +3,7 @@
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 from schemas.events import Event
 from worker.core.memory import Changes, Ended, Memory
@@ -12,7 +12,6 @@ from worker.core.verdict import Parked
 from worker.core.work import Open
 
 
-@runtime_checkable
 class Tenure(Protocol):
     """One ownership of a partition by this worker: one channel's life."""
 
@@ -30,7 +29,6 @@ class Tenure(Protocol):
         """A command that `KeepableDelivery.pack` packed, as if delivered now; settling it calls `remove`."""
 
 
-@runtime_checkable
 class Delivery(Protocol):
     """The broker's side of one command."""
 
@@ -42,7 +40,6 @@ class Delivery(Protocol):
         """Acknowledge, once. False: the channel it came through is gone, and the broker will deliver it again."""
 
 
-@runtime_checkable
 class KeepableDelivery(Delivery, Protocol):
     """A delivery that the store can keep in the broker's stead."""
 

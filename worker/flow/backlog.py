@@ -7,6 +7,7 @@ comes before whatever the broker still has: it was taken from the head of the qu
 import uuid
 from collections.abc import Sequence
 from functools import partial
+from typing import cast
 
 from worker.core.model import Entry, Misfit
 from worker.ports import BacklogStore, Grant, KeepableDelivery, Kept, Tenure
@@ -67,5 +68,4 @@ class Backlog:
 
 def keepable(entry: Entry) -> KeepableDelivery:
     """The delivery of an entry known to be keepable."""
-    assert isinstance(entry.delivery, KeepableDelivery)
-    return entry.delivery
+    return cast(KeepableDelivery, entry.delivery)

@@ -8,6 +8,7 @@ import contextvars
 from collections import deque
 from collections.abc import Awaitable, Iterable
 from dataclasses import dataclass
+from typing import cast
 
 import structlog
 
@@ -82,7 +83,7 @@ class Settler:
                 return  # Another worker has taken the conversation over: how this ends is for it to say.
             if conclusion.parked is not None:
                 for entry in conclusion.entries:
-                    await self._outbox.park(_delivery(entry.delivery), conclusion.parked)
+                    await self._outbox.park(cast(Delivery, entry.delivery), conclusion.parked)
             for one in conclusion.events:
                 await self._outbox.tell(one)
             if conclusion.answer is not None:
@@ -90,14 +91,9 @@ class Settler:
                     if entry.reply_to is not None:
                         await self._outbox.answer(entry.reply_to, conclusion.answer.payload)
             for entry in conclusion.entries:
-                await _delivery(entry.delivery).settle()
+                await cast(Delivery, entry.delivery).settle()
         except Exception:  # noqa: BLE001 - one conversation's trouble must not stop the task of another
             # Not acknowledged, so not lost: it comes again with the next connection, and ends as it ended here.
             _log.exception(
                 logs.SETTLE_FAILED, conversation_id=conclusion.event.subject, event_type=conclusion.event.type
             )
-
-
-def _delivery(handle: object) -> Delivery:
-    assert isinstance(handle, Delivery)
-    return handle
