@@ -245,7 +245,7 @@ class TestClosing:
         talk = talk_of("Well, th", rules=BYE).offer(speak("t2", "On. "), entry(type="session.end")).settle()
         assert talk.said == [
             ("t1", "Well, th", False),
-            ("t2", "On.", False),
+            ("t2", "On. ", False),
             ("t1", "Bye.", True),
             ("t2", "Bye.", True),
         ]
