@@ -211,8 +211,9 @@ class Runner:
         except LinkLost:
             self.forget(tenure)
             return
-        session = await self._desk.recall(self.conversation_id)
+        # The ledger waits out an outage of the store, the desk does not.
         memory = await self._ledger.recall(self.conversation_id)
+        session = await self._desk.recall(self.conversation_id)
         memory.settle_in(tenure.partition)
         self._set_up(memory, session)
 
