@@ -1,4 +1,4 @@
-"""The broker that tests run on, empty before each of them.
+"""The broker that tests run on, empty before each of them; and the PostgreSQL.
 
 A test that asks for `amqp_url`, `broker` or `owned_broker` runs once per RabbitMQ of this machine (`brokers.kinds`), or
 on the first of them if it is marked `one_broker`. It
@@ -11,9 +11,11 @@ from contextlib import ExitStack
 import pytest
 
 from tests.support import brokers
+from tests.support.postgres import Postgres, find_postgres
 from worker.local.broker import Broker, OwnedBroker, own_broker
 
 _BROKERS = pytest.StashKey[brokers.Brokers]()
+_POSTGRES = pytest.StashKey[Postgres | Exception]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -46,6 +48,28 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     with capture.global_and_fixture_disabled():
         for kind in sorted({str(params["broker"]) for params in parameters if "broker" in params}):
             session.config.stash[_BROKERS].start(kind)
+        if any("postgres" in params.values() for params in parameters) or any(
+            "postgres" in getattr(item, "fixturenames", ()) for item in session.items
+        ):
+            session.config.stash[_POSTGRES] = _start_postgres(session.config)
+
+
+def _start_postgres(config: pytest.Config) -> Postgres | Exception:
+    stack = ExitStack()
+    config.add_cleanup(stack.close)
+    try:
+        return stack.enter_context(find_postgres())
+    except Exception as error:  # noqa: BLE001  whatever it is, it fails the tests that need it, not pytest
+        return error
+
+
+@pytest.fixture(scope="session")
+def postgres(request: pytest.FixtureRequest) -> Postgres:
+    """A running PostgreSQL; a test takes a schema of it."""
+    found = request.config.stash[_POSTGRES]
+    if isinstance(found, Exception):
+        raise found
+    return found
 
 
 @pytest.fixture(scope="session")

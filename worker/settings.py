@@ -49,13 +49,17 @@ class TopologySettings(BrokerSettings):
     partitions: Annotated[int, Field(ge=1, le=MAX_PARTITIONS)] = 1
     prefetch: Annotated[int, Field(ge=1, le=65535)] = 2000
     """Unacknowledged commands a partition may hold here; the same for the whole fleet."""
-    store_url: str = "sqlite:///avatar-worker.db"
+    store_url: Annotated[str, Field(repr=False)] = "sqlite:///avatar-worker.db"
 
     @field_validator("store_url")
     @classmethod
-    def _is_sqlite(cls, value: str) -> str:
+    def _is_known(cls, value: str) -> str:
+        if value.startswith(("postgresql://", "postgres://")):
+            return value
         if value != "sqlite://" and value.removeprefix("sqlite:///") in ("", value):
-            raise ValueError("must be sqlite:///FILE (or sqlite:// for memory); no other store is supported yet")
+            raise ValueError(
+                "must be sqlite:///FILE, sqlite:// for memory, or postgresql://USER:PASSWORD@HOST/DATABASE"
+            )
         return value
 
 
