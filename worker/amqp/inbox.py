@@ -196,6 +196,7 @@ class Inbox:
                 await self._join(connection, partition, lose)
             except LOSSES as error:
                 lose(f"partition {partition} could not be joined again: {error}")
+                return
 
     async def _join(self, connection: AbstractConnection, partition: int, lose: Callable[[str], None]) -> None:
         queue = routes.partition_queue(partition)

@@ -342,7 +342,7 @@ class Runner:
         except LinkLost:
             self.forget(tenure)
             return
-        session = await self._desk.recall(self.conversation_id)
+        # The ledger waits out an outage of the store, the desk does not.
         memory = await self._ledger.recall(self.conversation_id)
         if memory.state.partition not in (None, tenure.partition, self._gone):
             if self._tenure is tenure:
@@ -351,6 +351,7 @@ class Runner:
             return
         self._gone = None
         kept = await self._backlog.take(self.conversation_id, tenure)
+        session = await self._desk.recall(self.conversation_id)
         memory.settle_in(tenure.partition)
         self._set_up(memory, session)
         self._arrived.extendleft(entry for entry in reversed(kept) if isinstance(entry, Entry))
