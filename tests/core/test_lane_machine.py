@@ -343,8 +343,8 @@ class LaneMachine(RuleBasedStateMachine):
         result = self.result_of(call, data)
         got = self.talk.brings(call) if result.kind is CallKind.OK else None
         told = zombie.lane.done(call, result, self.talk.now, begun=zombie.begun, got=got)
-        self.zombie_until = zombie.begun + 2.0 if result is UNKNOWN else 0.0
-        self.tell_for_the_zombie(told, outcome=isinstance(call, Say))
+        if self.tell_for_the_zombie(told, outcome=isinstance(call, Say)):
+            self.zombie_until = zombie.begun + 2.0 if result is UNKNOWN else 0.0
 
     @precondition(lambda self: self.zombie is not None)
     @rule(message=published, overtaking=st.booleans())
