@@ -1,1 +1,1 @@
-"""Measurements, each a script of its own; see its docstring."""
+"""Measurements, to be run by hand: they tell figures, and judge nothing."""

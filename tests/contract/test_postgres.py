@@ -271,6 +271,20 @@ class TestOutage:
             await database.close()
 
 
+    async def test_closing_does_not_wait_for_a_black_hole(self, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(backend, "CONNECT_S", 0.2)
+        monkeypatch.setattr(module, "LONGEST_PAUSE_S", 0.1)
+        async with proxied(url) as proxy:
+            database = await Database.open(proxy.url)
+            ledger = SqlLedger(database, FakeClock(1000.0))
+            await ledger.recall("c1")
+            proxy.passing.clear()
+            asked = ledger.record("c1", changes(0), outcome=False)
+            async with asyncio.timeout(5):
+                await database.close()
+            assert asked.cancelled()
+
+
 class TestStart:
     async def test_what_is_not_there_is_named_without_the_password(self, url: str) -> None:
         for wrong in (
