@@ -155,6 +155,13 @@ class TestWhenPiecesLeave:
         talk.offer(*(replace(one, redelivered=True) for one in chunks), speak("t1", " on.", final=True)).settle()
         assert [text for _, text, _ in talk.said] == [SENTENCE, SENTENCE, "And now go on."]
 
+    def test_of_a_long_chunk_no_more_is_read_than_a_piece_needs(self) -> None:
+        talk = talk_of("[a](" * 60_000)
+        talk.say()
+        draft = talk.lane._speech._pieces._draft
+        assert draft is not None
+        assert sum(map(len, draft._unread)) > 200_000
+
     def test_a_piece_that_was_not_taken_stays_as_it_was(self) -> None:
         talk = talk_of(SENTENCE, "And now")
         piece = talk.say().piece
@@ -231,6 +238,15 @@ class TestClosing:
         assert talk.said[1:] == [("t1", "Bye.", True)] * 2
         assert talk.of("speech.accepted")[-1]["possibleDuplicate"] is True
         assert talk.memory.turns["t1"].state is TurnState.CLOSED
+
+    def test_it_is_not_said_again_if_the_turn_was_interrupted_meanwhile(self) -> None:
+        talk = talk_of("Well, then. ", rules=BYE).settle_calls()
+        talk.now += 30
+        talk.say()
+        talk.forget().memory.turn("t1", talk.now).state = TurnState.INTERRUPTED
+        talk.offer(speak("t2", "Other.", final=True)).settle()
+        assert talk.said[1:] == [("t1", "Bye.", True), ("t2", "Other.", True)]
+        assert talk.memory.state.attempt is None
 
     @pytest.mark.parametrize("result", [REFUSED, GONE])
     def test_a_closing_text_that_fails_fails_nothing(self, result: CallResult) -> None:

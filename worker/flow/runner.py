@@ -164,6 +164,7 @@ class Runner:
         if self._tenure is tenure:
             self._tenure = None
             self._pressure.forget()
+            self._repeat_pause()
         self._wake.set()
 
     def stop(self) -> None:
@@ -258,6 +259,9 @@ class Runner:
         event = self._pressure.look(waiting_chars, self._clock())
         if event is not None:
             self._settler.submit([Conclusion(event)])
+        self._repeat_pause()
+
+    def _repeat_pause(self) -> None:
         if self._pressure.again_at is not None and self._pausing is None:
             self._pausing = self._start(self._press_on())
         elif self._pressure.again_at is None and self._pausing is not None:
