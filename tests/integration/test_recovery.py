@@ -94,6 +94,9 @@ class Catcher:
     def forget(self, is_gone: object) -> None:
         pass
 
+    async def leave(self, is_gone: object) -> None:
+        pass
+
 
 async def epochs(_partition: int) -> int:
     return 1
