@@ -96,6 +96,9 @@ class Catcher:
     def forget(self, is_gone: object) -> None:
         pass
 
+    async def leave(self, is_gone: object) -> None:
+        pass
+
 
 async def epochs(_partition: int) -> int:
     return 1

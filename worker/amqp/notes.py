@@ -1,7 +1,11 @@
-"""What workers send each other through the partitions, straight to a queue. No commands: no event tells of them.
+"""What workers send each other that is no command: no event tells of it. Through a partition, straight to its queue.
 
 knock     you own this partition: for an owner that nothing is delivered to
 marker    all that stood before me has passed: for a conversation whose key has moved (law 20)
+
+and, over an exchange of their own,
+
+joined    I consume all partitions now: for owners whom I outrank
 """
 
 import uuid
@@ -9,10 +13,12 @@ import uuid
 from aio_pika import DeliveryMode, Message
 
 from worker.amqp.delivery import AmqpDelivery
+from worker.amqp.topology import WORKERS
 from worker.core.model import Marker
 
 KNOCK = "avatar.knock"
 MARKER = "avatar.marker"
+JOINED = "avatar.joined"
 _CONVERSATION = "avatar-conversation"
 _TO = "avatar-partition"
 
@@ -31,6 +37,18 @@ def marker(conversation_id: str, to: int) -> Message:
         delivery_mode=DeliveryMode.PERSISTENT,
         message_id=uuid.uuid4().hex,
     )
+
+
+def joined(worker: str) -> Message:
+    """A worker's announcement of itself."""
+    return Message(worker.encode(), type=JOINED)
+
+
+def read_joined(delivery: AmqpDelivery) -> str | None:
+    """The worker that has announced itself, if it is that."""
+    if delivery.message.header.properties.message_type != JOINED or delivery.delivered.exchange != WORKERS:
+        return None
+    return bytes(delivery.message.body).decode(errors="replace")
 
 
 def is_note(delivery: AmqpDelivery) -> bool:

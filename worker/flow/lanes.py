@@ -130,6 +130,13 @@ class Lanes:
         for runner in self._runners.values():
             runner.forget(tenure)
 
+    async def leave(self, tenure: Tenure) -> None:
+        """Begin nothing more under the tenure; return when what was under way has ended and is acknowledged."""
+        under_way = [runner for runner in self._runners.values() if runner.is_calling_under(tenure)]
+        self.forget(tenure)
+        await asyncio.gather(*(runner.after_call() for runner in under_way))
+        await self._settler.settled(runner.conversation_id for runner in under_way)
+
     def is_served(self, conversation_id: str) -> bool:
         """Whether the conversation has something to do here."""
         return conversation_id in self._runners

@@ -87,6 +87,7 @@ class Runner:
         self._lane = Lane(self._book, rules)
         self._admitting = asyncio.Lock()
         self._in_call = False
+        self._called = asyncio.Event()
         self._keeping = False
         self._errands: set[asyncio.Task[None]] = set()
         self._moves: set[asyncio.Task[None]] = set()
@@ -167,6 +168,16 @@ class Runner:
             self._repeat_pause()
         self._wake.set()
 
+    def is_calling_under(self, tenure: Tenure) -> bool:
+        """Whether a call is under way that was begun under the tenure."""
+        return self._in_call and self._tenure is tenure
+
+    async def after_call(self) -> None:
+        """Return when the call that is under way has ended and its outcome is being recorded."""
+        if self._in_call:
+            self._called.clear()
+            await self._called.wait()
+
     def stop(self) -> None:
         """Begin nothing new; the call under way ends and is recorded."""
         self._stopping.set()
@@ -229,6 +240,7 @@ class Runner:
                     result = await self._call(step.work, step.conclusions)
                 finally:
                     self._in_call = False
+                    self._called.set()
                     self._breaker.record(result, self._clock())
 
     async def _hear(self) -> None:

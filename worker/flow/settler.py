@@ -32,6 +32,7 @@ class Settler:
         self._outbox = outbox
         self._queues: dict[str, deque[_Submitted | Delivery]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._emptying: dict[str, asyncio.Task[None]] = {}
 
     def submit(self, conclusions: Iterable[Conclusion], recorded: Awaitable[Grant] | None = None) -> None:
         """Carry these out after all that was submitted for the same conversation before, and when they are recorded."""
@@ -51,12 +52,19 @@ class Settler:
         # A context of its own: the log context of the delivery that happened to come first is not for the others.
         task = asyncio.create_task(self._empty(subject), context=contextvars.Context())
         self._tasks.add(task)
+        self._emptying[subject] = task
         task.add_done_callback(self._tasks.discard)
 
     async def drain(self) -> None:
         """Return when all that was submitted is carried out."""
         while self._tasks:
             await asyncio.wait(self._tasks)
+
+    async def settled(self, conversation_ids: Iterable[str]) -> None:
+        """Return when all that has been submitted for these conversations by now is carried out."""
+        tasks = [self._emptying[one] for one in conversation_ids if one in self._emptying]
+        if tasks:
+            await asyncio.wait(tasks)
 
     async def abandon(self) -> None:
         """Stop at once; what was not carried out is delivered again."""
@@ -74,7 +82,7 @@ class Settler:
                     await queue[0].settle()
                 queue.popleft()
         finally:
-            del self._queues[subject]
+            del self._queues[subject], self._emptying[subject]
 
     async def _carry_out(self, submitted: _Submitted) -> None:
         conclusion = submitted.conclusion
