@@ -8,11 +8,13 @@ import asyncio
 import sys
 import time
 
+from pamqp.common import FieldTable
+
 from benchmarks.stage import at, quantiles, staged, verdict
 
 NAMES = [f"c{number:02}" for number in range(50)]
 QUEUE = "bench.events"
-FULL = {"x-max-length": 1, "x-overflow": "reject-publish"}
+FULL: FieldTable = {"x-max-length": 1, "x-overflow": "reject-publish"}
 
 
 async def main(seconds: float, rate: float) -> int:

@@ -270,7 +270,6 @@ class TestOutage:
             assert (await recalled).fresh
             await database.close()
 
-
     async def test_closing_does_not_wait_for_a_black_hole(self, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(backend, "CONNECT_S", 0.2)
         monkeypatch.setattr(module, "LONGEST_PAUSE_S", 0.1)
