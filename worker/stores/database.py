@@ -5,49 +5,31 @@ A lease must not run out because two hundred conversations begin at once, nor th
 
 import asyncio
 import random
-import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
 from itertools import count
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import sqlalchemy as sa
 import structlog
-from sqlalchemy.dialects.postgresql import ARRAY, insert  # SQLite has learnt its ON CONFLICT from there
+from sqlalchemy.dialects.postgresql import ARRAY
 
 from worker.errors import ConfigurationError
 from worker.ops import logs
 from worker.stores import schema
 from worker.stores.backend import Backend, Contended, T, Unreachable, Work
 from worker.stores.sqlite import Sqlite
-from worker.stores.tables import facts, writers
+from worker.stores.tables import facts
+from worker.stores.transaction import Item, Job, Together, Transaction
 
 _log = structlog.stdlib.get_logger(__name__)
-
-Item = TypeVar("Item")
-Together = Callable[[sa.Connection, Sequence[Item]], Sequence[T]]
-"""Does for all items what was asked for; returns as many results."""
 
 PAUSE_S = 0.2
 LONGEST_PAUSE_S = 5.0
 PATIENCE_S = 5.0
 BATCH = 1000
 CONTENDED_S = 0.05
-
-
-@dataclass(eq=False, slots=True)
-class _Job:
-    """`place`: where in a transaction. A `patient` one waits until the store takes it, unless the fault is its own."""
-
-    write: Together[Any, Any]
-    item: Any
-    place: str
-    alone: bool
-    patient: bool
-    done: asyncio.Future[Any]
-    dropped: bool = False
 
 
 class Database:
@@ -61,7 +43,7 @@ class Database:
         self._backend = backend
         self._name = uuid.uuid4().hex
         self._numbers = count(1)
-        self._waiting: deque[_Job] = deque()
+        self._waiting: deque[Job] = deque()
         self._committing: asyncio.Task[None] | None = None
         self._outage: asyncio.Task[None] | None = None
         self._pause_s = PAUSE_S
@@ -138,18 +120,18 @@ class Database:
         """As `ask`; all items of a transaction are handed to `write` at once, in their order."""
         return self._enqueue(write, item, place, alone=False, patient=True).done
 
-    def _enqueue(self, write: Together[Any, Any], item: Any, place: str, *, alone: bool, patient: bool) -> _Job:
+    def _enqueue(self, write: Together[Any, Any], item: Any, place: str, *, alone: bool, patient: bool) -> Job:
         done: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         # Whoever asked may be gone by then.
         done.add_done_callback(lambda one: one.cancelled() or one.exception())
-        job = _Job(write, item, place, alone, patient, done)
+        job = Job(write, item, place, alone, patient, done)
         self._waiting.append(job)
         if self._committing is None:
             self._committing = asyncio.create_task(self._commit())
         return job
 
     async def _commit(self) -> None:
-        batch: list[_Job] = []
+        batch: list[Job] = []
         try:
             while self._waiting:
                 batch = self._next_batch()
@@ -159,15 +141,15 @@ class Database:
             for job in batch:
                 job.done.cancel()
 
-    def _next_batch(self) -> list[_Job]:
+    def _next_batch(self) -> list[Job]:
         batch = [self._waiting.popleft()]
         while self._waiting and len(batch) < BATCH and not (batch[0].alone or self._waiting[0].alone):
             batch.append(self._waiting.popleft())
         return batch
 
-    async def _settle(self, jobs: Sequence[_Job]) -> None:
+    async def _settle(self, jobs: Sequence[Job]) -> None:
         """Write them in one transaction, or, if something is wrong with one of them, in one each."""
-        transaction = _Transaction(self._name, next(self._numbers), jobs)
+        transaction = Transaction(self._name, next(self._numbers), jobs)
         while still := transaction.open():
             try:
                 transaction.finish(await self._backend.write(transaction))
@@ -228,49 +210,6 @@ async def _backend(url: str) -> Backend:
             f"STORE_URL: PostgreSQL needs the package {missing.name}: pip install 'avatar-worker[postgres]'"
         ) from None
     return Postgres(url)
-
-
-class _Transaction:
-    """What is written together, and whether it has been: the answer to a commit may be lost with the connection.
-
-    Called again, it does nothing if its number stands already; the results are those of then.
-    """
-
-    def __init__(self, writer: str, number: int, jobs: Sequence[_Job]) -> None:
-        self._mark = _MARK.values(writer=writer, number=number)
-        self._jobs = jobs
-        self._results: dict[_Job, Any] = {}
-
-    def open(self) -> list[_Job]:
-        """What is still to be written."""
-        return [job for job in self._jobs if not (job.dropped or job.done.done())]
-
-    def finish(self, results: Mapping[_Job, Any]) -> None:
-        """It is committed."""
-        for job, result in results.items():
-            if not job.done.done():
-                job.done.set_result(result)
-
-    def __call__(self, connection: sa.Connection) -> Mapping[_Job, Any]:
-        """Write, and return the results. Waits for a try before, if the server has not given that up yet."""
-        if connection.execute(self._mark.values(touched=time.time())).first() is None:
-            return self._results
-        groups: dict[Together[Any, Any], list[_Job]] = {}
-        for job in self.open():
-            groups.setdefault(job.write, []).append(job)
-        self._results = {}
-        for write, jobs in sorted(groups.items(), key=lambda group: group[1][0].place):
-            results = write(connection, [job.item for job in jobs])
-            self._results |= zip(jobs, results, strict=True)
-        return self._results
-
-
-_NEW = insert(writers)
-_MARK = _NEW.on_conflict_do_update(
-    index_elements=["writer"],
-    set_={"number": _NEW.excluded.number, "touched": _NEW.excluded.touched},
-    where=writers.c.number < _NEW.excluded.number,
-).returning(writers.c.number)
 
 
 def _is_its_own(error: Exception) -> bool:
