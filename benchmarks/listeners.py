@@ -8,11 +8,13 @@ import asyncio
 import sys
 import time
 
+from pamqp.common import FieldTable
+
 from benchmarks.stage import at, quantiles, staged, verdict
 
 NAMES = [f"c{number:02}" for number in range(50)]
 QUEUE = "bench.events"
-FULL = {"x-max-length": 1, "x-overflow": "reject-publish"}
+FULL: FieldTable = {"x-max-length": 1, "x-overflow": "reject-publish"}
 
 
 async def main(seconds: float, rate: float) -> int:
@@ -22,7 +24,7 @@ async def main(seconds: float, rate: float) -> int:
         await stage.quiet(stage.published, 60)
         p99: dict[str, float] = {}
         for number, how in enumerate(("no listener", "a listener", "a full queue"), 1):
-            arguments = FULL if how == "a full queue" else {}
+            arguments = FULL if how == "a full queue" else None
             queue = await stage.channel.declare_queue(QUEUE, arguments=arguments)
             if how != "no listener":
                 await queue.bind("avatar.events", "#")
