@@ -6,7 +6,7 @@ ARGS ?=
 RUN := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test chaos lint lock clean
+.PHONY: help setup demo test chaos mutate bench lint lock clean
 
 help: # The list.
 	@awk -F ': [a-z ]*## ' '/^[a-z]+: [a-z ]*## / { printf "  make %-6s  %s\n", $$1, $$2 }' Makefile
@@ -17,8 +17,14 @@ demo: setup ## See it: RabbitMQ, simulator, worker and a chatbot, set up and run
 test: setup ## The whole test suite, on a RabbitMQ of its own
 	@$(RUN) -m pytest $(ARGS)
 
-chaos: setup ## Break everything at random for a minute or two, and see that every promise is kept
+chaos: setup ## Break everything at random, and see that every promise is kept (an hour; ARGS=--quick: 3 minutes)
 	@$(RUN) -m tests.chaos $(ARGS)
+
+mutate: setup ## Break each law on purpose, and see that the tests notice
+	@$(RUN) -m tests.mutations $(ARGS)
+
+bench: setup ## Measure whether a hanging conversation, an outage or a listener slows the others
+	@for run in blocked listeners outage; do $(RUN) -m benchmarks.$$run $(ARGS) || exit; done
 
 lint: setup ## Style, types, licences
 	@$(RUN) -m ruff check

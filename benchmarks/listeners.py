@@ -24,7 +24,7 @@ async def main(seconds: float, rate: float) -> int:
         await stage.quiet(stage.published, 60)
         p99: dict[str, float] = {}
         for number, how in enumerate(("no listener", "a listener", "a full queue"), 1):
-            arguments = FULL if how == "a full queue" else {}
+            arguments = FULL if how == "a full queue" else None
             queue = await stage.channel.declare_queue(QUEUE, arguments=arguments)
             if how != "no listener":
                 await queue.bind("avatar.events", "#")

@@ -81,10 +81,10 @@ def _not_told(evidence: Evidence) -> Iterator[str]:
             excused = lost and all(map(cut_short, evidence.ends_of(call)))
             if (name, call.text) not in evidence.accepted and (name, call.turn) not in failed and not excused:
                 yield f"{name}: {call} has no event"
-    heard = {(name, turn) for name, text in evidence.accepted for turn in {text.split(".")[1]}}
     for name, turn in sorted({(command.conversation, command.turn) for command in evidence.chunks}):
+        # One that was interrupted while its first call was under way is not told to begin any more.
         cut = ("avatar.turn.interrupted", name, turn) in told
-        if (STARTED, name, turn) not in told and (name, turn) not in failed and ((name, turn) in heard or not cut):
+        if (STARTED, name, turn) not in told and (name, turn) not in failed and not cut:
             yield f"{name} {turn}: it began"
         if not any((kind, name, turn) in told for kind in OVER):
             yield f"{name} {turn}: it is over"

@@ -20,4 +20,4 @@ def test_every_promise_is_kept(broker: Broker) -> None:
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         verdict = runner.run(runs.run(broker, wanted, SHORT, told.append))
     broken = {name: what for name, what in verdict.broken.items() if what}
-    assert not broken, "\n".join(told)
+    assert not broken, "\n".join([*told, f"seed {SEED}: {broken}"])
