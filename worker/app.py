@@ -17,8 +17,9 @@ from worker.amqp.link import Link, where
 from worker.amqp.outbox import Outbox
 from worker.amqp.topology import Record
 from worker.amqp.watchdog import Watchdog
-from worker.avatar.client import Api, AvatarClient, KsSource
-from worker.avatar.credentials import FixedKs, KsFile
+from worker.avatar.client import Api, AvatarClient
+from worker.avatar.credentials import FixedKs, KsFile, KsSource, MintedKs
+from worker.avatar.ks_service import Account, AdminSecret, AppToken, KsService
 from worker.flow.clock import SteadyClock
 from worker.flow.dead_letters import DeadLetters
 from worker.flow.desk import Desk
@@ -48,10 +49,10 @@ async def run(settings: Settings) -> None:
     signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
     for one in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(one, signals.put_nowait, one)
-    ks = credentials(settings)
     clock = SteadyClock()
     name = settings.worker_name
     async with AsyncExitStack() as stack:
+        ks = await credentials(settings, clock, stack)
         database = await Database.open(settings.store_url)
         stack.push_async_callback(database.close)
         store, ledger = SqlSessions(database), SqlLedger(database, clock)
@@ -78,6 +79,7 @@ async def run(settings: Settings) -> None:
             "consuming": inbox.ready.is_set,
             "publishing": outbox.ready.is_set,
             "passing": watchdog.ready.is_set,
+            "authorized": lambda: ks.ready,
         }
         health = await stack.enter_async_context(Health(settings.ops_host, settings.ops_port, checks))
         url = settings.amqp_url.get_secret_value()
@@ -124,16 +126,39 @@ async def _stop(lanes: Lanes, inbox: Inbox, signals: "asyncio.Queue[signal.Signa
     inbox.gate()
 
 
-def credentials(settings: Settings) -> KsSource:
-    """Where the Kaltura Session comes from.
+async def credentials(settings: Settings, clock: Clock, stack: AsyncExitStack) -> KsSource:
+    """Where the Kaltura Session comes from; what is stored goes before what is asked for.
 
     Raises:
         ConfigurationError: the file with it cannot be read.
     """
     if settings.avatar_ks_file is not None:
         return KsFile(settings.avatar_ks_file)
-    assert settings.avatar_ks is not None
-    return FixedKs(settings.avatar_ks)
+    if settings.avatar_ks is not None:
+        return FixedKs(settings.avatar_ks)
+    service = await stack.enter_async_context(KsService(_account(settings)))
+    ks = MintedKs(service.mint, clock)
+    await stack.enter_async_context(_Background(ks.run()))
+    return ks
+
+
+def _account(settings: Settings) -> Account:
+    assert settings.kaltura_partner_id is not None
+    by: AppToken | AdminSecret
+    if settings.kaltura_app_token is not None:
+        assert settings.kaltura_app_token_id is not None
+        token = settings.kaltura_app_token.get_secret_value()
+        by = AppToken(settings.kaltura_app_token_id, token, settings.kaltura_app_token_hash)
+    else:
+        assert settings.kaltura_admin_secret is not None
+        by = AdminSecret(settings.kaltura_admin_secret.get_secret_value(), settings.kaltura_ks_privileges)
+    return Account(
+        settings.kaltura_service_url,
+        settings.kaltura_partner_id,
+        by,
+        expiry_s=settings.kaltura_ks_expiry_s,
+        timeout_s=settings.avatar_timeout_s,
+    )
 
 
 def _api(settings: Settings) -> Api:

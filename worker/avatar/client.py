@@ -5,12 +5,13 @@ Retrying is the lane's business, since only the lane knows what may come after w
 
 import json
 from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from typing import Any, Self
 from urllib.parse import quote
 
 import aiohttp
 
 from worker.avatar import faults
+from worker.avatar.credentials import KsSource, NoKs
 from worker.core.model import CallKind, CallResult, Piece, Session, Viewer
 from worker.core.work import Open
 
@@ -18,13 +19,6 @@ _IDLE_CONNECTION_S = 15.0
 """Shorter than common servers' own limit: a connection they close just as we use it costs us a lost answer."""
 _CONNECT_S = 5.0
 """A connection that does not come about is surely not taken, so there is no use in waiting long for it."""
-
-
-class KsSource(Protocol):
-    """Where the Kaltura Session comes from."""
-
-    def current(self) -> str:
-        """The Kaltura Session to use now."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +52,14 @@ class AvatarClient:
         await self._http.close()
 
     async def create(self, wanted: Open) -> tuple[CallResult, Session | None]:
-        """See `ports.AvatarApi`, here and below. A KS that is refused is read again, and if it changed, tried once."""
-        ks = self._ks.current()
-        result, session = await self._create(wanted, ks)
-        if result.kind is CallKind.DENIED and (fresh := self._ks.current()) != ks:
-            result, session = await self._create(wanted, fresh)
+        """See `ports.AvatarApi`, here and below. Where the KS is refused and there is another, that is tried once."""
+        try:
+            ks = await self._ks.current()
+            result, session = await self._create(wanted, ks)
+            if result.kind is CallKind.DENIED and (fresh := await self._ks.after(ks)) != ks:
+                result, session = await self._create(wanted, fresh)
+        except NoKs as none:
+            return none.result, None
         return result, session
 
     async def say(self, session: Session, piece: Piece) -> CallResult:
@@ -101,6 +98,9 @@ class AvatarClient:
             del body["voiceConfig"]
         url = self._api.base_url + self._api.create_path
         result, document = await self._post(url, f"KS {ks}", body, self._api.create_timeout_s, creating=True)
+        # 403 may be about the avatar.
+        if result.kind is CallKind.OK or result.status == 401:
+            self._ks.note(ks, accepted=result.kind is CallKind.OK)
         match document:
             case {"sessionId": str(session_id), "token": str(token)} if result.kind is CallKind.OK:
                 avatar_id, voice_id, speed = wanted.avatar_id, wanted.voice_id, wanted.voice_speed
@@ -121,18 +121,11 @@ class AvatarClient:
         try:
             request = self._http.post(url, json=body, headers=headers, timeout=timeout, allow_redirects=False)
             async with request as answer:
-                document = _parsed(await answer.read())
+                document = faults.parsed(await answer.read())
                 retry_after = answer.headers.get("Retry-After")
                 return faults.of_answer(answer.status, document, retry_after, creating=creating), document
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             return faults.of_exception(error), None
-
-
-def _parsed(body: bytes) -> Any:
-    try:
-        return json.loads(body)
-    except (ValueError, RecursionError):
-        return None
 
 
 def _incomplete(result: CallResult, wanted: str) -> CallResult:
