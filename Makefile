@@ -35,7 +35,7 @@ COMPILE := .venv/lock/bin/uv --quiet pip compile --universal --python-version 3.
 lock: setup ## Resolve the dependencies again (all to their newest: ARGS=--upgrade)
 	@$(RUN) -m venv .venv/lock
 	@.venv/lock/bin/python -m pip -qq install uv==0.13.9
-	$(COMPILE) pyproject.toml -o requirements.lock
+	$(COMPILE) pyproject.toml --extra postgres -o requirements.lock
 	$(COMPILE) pyproject.toml --group dev -c requirements.lock -o requirements-dev.lock
 	$(COMPILE) --group build -c requirements-dev.lock -o requirements-build.lock
 

@@ -28,7 +28,7 @@ from worker.flow.lanes import Lanes
 from worker.flow.settler import Settler
 from worker.ops import logs
 from worker.ops.health import Health
-from worker.ports import Clock, Ledger
+from worker.ports import Clock, Ledger, SessionStore
 from worker.settings import Settings
 from worker.stores.database import Database
 from worker.stores.ledger import SqlLedger
@@ -60,7 +60,7 @@ async def run(settings: Settings) -> None:
         outbox = Outbox(source=settings.event_source, worker=name, event_retry_s=settings.event_retry_s, clock=clock)
         settler = Settler(outbox)
         desk = Desk(api, store, name, clock)
-        stack.push_async_callback(store.release, name)
+        stack.push_async_callback(_release, store, name)
         lanes = Lanes(settings.rules, desk=desk, ledger=ledger, settler=settler, clock=clock)
         keeper = Keeper(
             desk,
@@ -95,7 +95,6 @@ async def run(settings: Settings) -> None:
                 Link(url, name=f"{name} dead letters", heartbeat_s=settings.heartbeat_s).run(dead.session),
                 watchdog.run(),
                 keeper.run(),
-                ledger.run(),
                 _prune(ledger, clock, settings.ledger_keep_s),
             )
         )
@@ -104,6 +103,14 @@ async def run(settings: Settings) -> None:
         dead.stop()
         await _stop(lanes, inbox, signals, settings.drain_timeout_s)
     _log.info(logs.WORKER_STOPPED, worker=name)
+
+
+async def _release(store: SessionStore, owner: str) -> None:
+    """Let go of the sessions; where the store is out of reach, their leases run out."""
+    try:
+        await store.release(owner)
+    except Exception as error:  # noqa: BLE001 - the worker stops all the same
+        _log.error(logs.STORE_FAILED, error=str(error))
 
 
 async def _prune(ledger: Ledger, clock: Clock, keep_s: float) -> None:

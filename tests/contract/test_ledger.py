@@ -15,6 +15,7 @@ from schemas.events import Event, SpeechAccepted, SpeechDiscarded, TurnCompleted
 from tests.support.fakes import FakeClock, until
 from worker.core.memory import Attempt, Changes, Ended, Memory, SentPart, State, Turn, TurnState
 from worker.ports import Grant, Ledger
+from worker.stores.backend import Unreachable
 from worker.stores.database import Database
 from worker.stores.ledger import PRUNE_ROWS, SqlLedger
 
@@ -110,20 +111,9 @@ async def open_(request: pytest.FixtureRequest, tmp_path: Path, clock: FakeClock
             return one
 
         async def open_() -> SqlLedger:
-            return await running(stack, SqlLedger(await database(), clock))
+            return SqlLedger(await database(), clock)
 
         yield open_
-
-
-async def running(stack: AsyncExitStack, ledger: SqlLedger) -> SqlLedger:
-    task = asyncio.create_task(ledger.run())
-
-    async def stop() -> None:
-        task.cancel()
-        await asyncio.wait([task])
-
-    stack.push_async_callback(stop)
-    return ledger
 
 
 @pytest.fixture
@@ -210,7 +200,7 @@ class TestKnown:
         assert await ledger.known("c2", ["m1"]) == {"m1": theirs}
 
     async def test_ids_are_text_whatever_they_look_like(self, ledger: Ledger) -> None:
-        names = ["007", "7", "1e3", "a'b;--", "%", "ü😀", "a\nb", "\\xff", "c" * 255]
+        names = ["007", "7", "1e3", "a'b;--", "%", "ü😀", "a\nb", "a\0b", "\\xff", "c" * 255]
         those = {name: ended(accepted(name, key=name)) for name in names}
         await ledger.record("c1", changes(ended=those), outcome=False)
         assert await ledger.known("c1", names) == those
@@ -392,14 +382,14 @@ class TestGroupCommit:
         ledger = await open_()
         epoch = await ledger.raise_epoch(0)
         commits = 0
-        write = ledger._write
+        write = ledger._database._backend.write
 
-        async def counted(batch: Any) -> list[Grant]:
+        async def counted(work: Any) -> Any:
             nonlocal commits
             commits += 1
-            return await write(batch)
+            return await write(work)
 
-        monkeypatch.setattr(ledger, "_write", counted)
+        monkeypatch.setattr(ledger._database._backend, "write", counted)
 
         async def says(conversation_id: str) -> None:
             for n in range(0, 10, 2):
@@ -426,46 +416,30 @@ class TestGroupCommit:
 class TestOutage:
     async def test_writes_wait_it_out_in_order(self, open_: Open, monkeypatch: pytest.MonkeyPatch) -> None:
         ledger = await open_()
-        monkeypatch.setattr("worker.stores.ledger.PAUSE_S", 0.001)
-        write, failures = ledger._write, iter(range(5))
+        monkeypatch.setattr("worker.stores.database.PAUSE_S", 0.001)
+        backend = ledger._database._backend
+        write, failures = backend.write, iter(range(5))
 
-        async def failing(batch: Any) -> list[Grant]:
+        async def failing(work: Any) -> Any:
             for _ in failures:
-                raise sa.exc.OperationalError("", None, Exception("out of reach"))
-            return await write(batch)
+                raise Unreachable("out of reach")
+            return await write(work)
 
-        monkeypatch.setattr(ledger, "_write", failing)
+        monkeypatch.setattr(backend, "write", failing)
         asked = [ledger.record("c1", changes(n, State(number=n)), outcome=False) for n in range(5)]
         assert await asyncio.gather(*asked) == [Grant.GRANTED] * 5
         assert next(failures, None) is None
         assert (await ledger.recall("c1")).state == State(number=4)
 
-    async def test_what_is_asked_for_is_written_when_it_stops(self, tmp_path: Path, clock: FakeClock) -> None:
-        database = await Database.open(f"sqlite:///{tmp_path}/ledger.db")
+    async def test_what_is_asked_for_is_written_when_it_closes(self, tmp_path: Path, clock: FakeClock) -> None:
+        url = f"sqlite:///{tmp_path}/ledger.db"
+        database = await Database.open(url)
         ledger = SqlLedger(database, clock)
-        task = asyncio.create_task(ledger.run())
-        await ledger.record("c1", changes(0), outcome=False)
-        asked = ledger.record("c1", changes(1, STATE), outcome=False)
-        task.cancel()
-        await asyncio.wait([task])
-        assert await asked is Grant.GRANTED
-        assert contents(await ledger.recall("c1")) == (STATE, {}, 2)
+        asked = [ledger.record("c1", changes(n, STATE), outcome=False) for n in range(2)]
         await database.close()
-
-    async def test_what_is_being_written_when_it_stops_is_granted(self, tmp_path: Path, clock: FakeClock) -> None:
-        database = await Database.open(f"sqlite:///{tmp_path}/ledger.db")
-        ledger = SqlLedger(database, clock)
-        task = asyncio.create_task(ledger.run())
-        with closing(sqlite3.connect(tmp_path / "ledger.db", isolation_level=None)) as lock:
-            lock.execute("BEGIN IMMEDIATE")
-            asked = ledger.record("c1", changes(0, STATE), outcome=False)
-            await until(database._turn.locked)
-            task.cancel()
-            await asyncio.sleep(0)
-            lock.execute("COMMIT")
-        await asyncio.wait([task])
-        assert await asked is Grant.GRANTED
-        assert contents(await ledger.recall("c1")) == (STATE, {}, 1)
+        assert await asyncio.gather(*asked) == [Grant.GRANTED] * 2
+        database = await Database.open(url)
+        assert contents(await SqlLedger(database, clock).recall("c1")) == (STATE, {}, 2)
         await database.close()
 
 
@@ -493,20 +467,20 @@ class TestPrune:
         await ledger.prune(1e12)
         assert await ledger.intend("c1", attempting(0, 1), 0, epoch) is Grant.GRANTED
 
-    async def test_a_batch_at_a_time_with_speech_in_between(self, open_: Open) -> None:
+    async def test_a_batch_at_a_time_with_speech_in_between(self, open_: Open, request: pytest.FixtureRequest) -> None:
         ledger = await open_()
         rows = 3 * PRUNE_ROWS + 1
         those = {f"m{n}": replace(ended(accepted(f"m{n}", key=f"{n}")), at=1.0) for n in range(rows)}
         turns = {f"t{n}": Turn(touched=1.0) for n in range(rows)}
         await ledger.record("c1", changes(0, STATE, turns, those), outcome=False)
         deleted: list[int] = []
-        engine = ledger._database._engine.sync_engine
 
         def note(_c: Any, cursor: Any, statement: str, *_: Any) -> None:
             if statement.startswith("DELETE"):
                 deleted.append(cursor.rowcount)
 
-        sa.event.listen(engine, "after_cursor_execute", note)
+        request.addfinalizer(lambda: sa.event.remove(sa.Engine, "after_cursor_execute", note))
+        sa.event.listen(sa.Engine, "after_cursor_execute", note)
         pruning = asyncio.create_task(ledger.prune(500.0))
         await until(lambda: deleted)
         assert await ledger.record("c2", changes(0, STATE), outcome=False) is Grant.GRANTED
@@ -521,11 +495,11 @@ class TestPrune:
         ledger = await open_()
         await ledger.record("c1", changes(0, STATE), outcome=False)
 
-        def failing() -> None:
-            raise sa.exc.OperationalError("", None, Exception("out of reach"))
+        async def failing(_: object) -> None:
+            raise Unreachable("out of reach")
 
         with monkeypatch.context() as outage:
-            outage.setattr(ledger._database, "writing", failing)
+            outage.setattr(ledger._database._backend, "write", failing)
             await ledger.prune(1e12)
         assert (await ledger.recall("c1")).state == STATE
         await ledger.prune(1e12)
@@ -551,7 +525,7 @@ class TestFile:
             stacks.append(stack)
             database = await Database.open(f"sqlite:///{tmp_path}/ledger.db")
             stack.push_async_callback(database.close)
-            return await running(stack, SqlLedger(database, clock))
+            return SqlLedger(database, clock)
 
         yield reopened
         await stop()
@@ -578,7 +552,6 @@ class TestFile:
                 asyncio.ensure_future(ledger.intend("c1", attempting(0, 1), 0, epoch)),
                 asyncio.ensure_future(ledger.record("c1", outcome(1, 1), outcome=True)),
             ]
-            await until(ledger._database._turn.locked)
             done, _ = await asyncio.wait(asked, timeout=0.3)
             assert not done
             lock.execute("COMMIT")
@@ -588,8 +561,10 @@ class TestFile:
         self, reopened: Callable[[], Awaitable[SqlLedger]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         logged: list[str] = []
-        monkeypatch.setattr("worker.stores.ledger._log.error", lambda *args, **kwargs: logged.append(f"{args}{kwargs}"))
-        monkeypatch.setattr("worker.stores.ledger.PAUSE_S", 0.001)
+        monkeypatch.setattr(
+            "worker.stores.database._log.error", lambda *args, **kwargs: logged.append(f"{args}{kwargs}")
+        )
+        monkeypatch.setattr("worker.stores.database.PAUSE_S", 0.001)
         ledger = await reopened()
         await ledger.record("c1", changes(0), outcome=False)
         with closing(sqlite3.connect(tmp_path / "ledger.db")) as connection:

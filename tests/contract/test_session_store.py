@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import pytest
 
@@ -131,6 +131,11 @@ class TestEveryStore:
             assert found is not None
             assert found.session.session_id == name
 
+    async def test_words_of_others_are_kept_whatever_they_hold(self, store: SessionStore) -> None:
+        session = replace(BARE, avatar_id="a\0b\x1b0\x1be", voice_id="\x1b", token="'; \\0 \0\0")
+        await store.put(held(session=session), "w1", 200.0)
+        assert await store.take("c1", "w1", 200.0) == held(session=session)
+
     async def test_many_at_once(self, store: SessionStore) -> None:
         async def life(n: int) -> bool:
             mine = held(f"c{n}", replace(BARE, session_id=f"s{n}"))
@@ -151,6 +156,37 @@ class TestEveryStore:
         await asyncio.gather(*tasks, return_exceptions=True)
         await store.put(held("after"), "w1", 200.0)
         assert await store.take("after", "w1", 200.0) == held("after")
+
+    async def test_two_hundred_that_begin_at_once_take_few_transactions(
+        self, store: SessionStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        assert isinstance(store, SqlSessions)
+        backend, commits = store._database._backend, 0
+        write = backend.write
+
+        async def counted(work: Any) -> Any:
+            nonlocal commits
+            commits += 1
+            return await write(work)
+
+        monkeypatch.setattr(backend, "write", counted)
+
+        async def begin(n: int) -> Held | None:
+            assert await store.take(f"c{n}", "w1", 200.0) is None
+            await store.put(held(f"c{n}"), "w1", 200.0)
+            return await store.take(f"c{n}", "w1", 300.0)
+
+        begun = await asyncio.gather(*(begin(n) for n in range(200)))
+        assert begun == [held(f"c{n}") for n in range(200)]
+        assert commits < 20, "for 600 writes"
+
+    async def test_what_cannot_be_written_spoils_nothing_beside_it(self, store: SessionStore) -> None:
+        nameless = held("nameless", replace(BARE, session_id=None))  # type: ignore[arg-type]
+        puts = [store.put(one, "w1", 200.0) for one in (held("c1"), nameless, held("c2"))]
+        done = await asyncio.gather(*puts, return_exceptions=True)
+        assert [type(one).__name__ for one in done] == ["NoneType", "IntegrityError", "NoneType"]
+        assert await store.take("c1", "w1", 200.0) == held("c1")
+        assert await store.take("c2", "w1", 200.0) == held("c2")
 
     async def test_it_keeps_its_identity(self, store: SessionStore) -> None:
         assert await store.identity() == await store.identity() != ""

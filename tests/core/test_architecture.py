@@ -46,7 +46,7 @@ ROOMS_OF = {
     "pamqp": {"worker.amqp"},
     "aiohttp": {"worker.avatar", "worker.ops", "worker.local"},
     "sqlalchemy": {"worker.stores"},
-    "aiosqlite": {"worker.stores"},
+    "asyncpg": {"worker.stores"},
     "sqlite3": {"worker.stores"},
 }
 

@@ -85,13 +85,10 @@ class Flow:
         self.deliveries: list[FakeDelivery] = []
         self.entries: list[Entry] = []
         self.tenure = FakeTenure(self.ledger)
-        self._writing = asyncio.create_task(self.ledger.run())
 
     async def close(self) -> None:
         """Stop at once, and look whether all is in order."""
         await self.lanes.abandon()
-        self._writing.cancel()
-        await asyncio.wait([self._writing])
         assert self.api.overlaps == 0
         assert all(delivery.settled <= 1 for delivery in self.deliveries)
         assert not self.lanes._runners

@@ -9,6 +9,7 @@ import pytest
 from tests.flow.conftest import Fleet, Flow
 from tests.support.conversation import NOT_TAKEN, RULES, entry, wire
 from tests.support.fakes import FakeTenure, until
+from tests.support.stores import busy
 from worker.core.lane import Lane
 from worker.core.memory import Ended, TurnState
 from worker.core.verdict import Conclusion
@@ -194,7 +195,7 @@ class TestRecords:
         tenure = flow.tenure
         await meanwhile(flow, "t1", TurnState.INTERRUPTED)
         told = list(flow.outbox.told)
-        async with flow.database.writing():
+        async with busy(flow.database):
             flow.speak("", final=True)
             await until(lambda: flow.ledger.asked["record"] == 4)
             flow.speak("c", turn_id="t2")
@@ -406,7 +407,7 @@ async def test_a_lane_that_begins_waits_for_what_the_one_before_has_to_write(
     monkeypatch.setattr("worker.flow.runner.LINGER_S", 0)
     first = flow.speak("a")
     await flow.said("a")
-    async with flow.database.writing():
+    async with busy(flow.database):
         await until(lambda: not flow.lanes.is_served("c1"))
         flow.deliver(replace(first, redelivered=True))
         await until(lambda: flow.ledger.asked["recall"] == 2)

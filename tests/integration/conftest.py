@@ -166,7 +166,7 @@ def start(amqp_url: str) -> Start:
             links.append((url, DeadQueue(letters.take, clock).session))
         tasks = tuple(
             asyncio.create_task(work)
-            for work in (*(Link(where, name=name, heartbeat_s=10).run(life) for where, life in links), ledger.run())
+            for work in (Link(where, name=name, heartbeat_s=10).run(life) for where, life in links)
         )
         station = Station(inbox, outbox, avatar, lanes, settler, consuming, publishing, tasks)
         try:

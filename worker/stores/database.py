@@ -1,150 +1,278 @@
-"""One SQL database: SQLite for the workers of one host, a file they share or memory. The tables stand in `tables`."""
+"""One SQL database, with group commit: what is asked for while one transaction runs goes together into the next.
+
+A lease must not run out because two hundred conversations begin at once, nor their speech wait for as many commits.
+"""
 
 import asyncio
-import contextlib
-import functools
-import os
+import random
+import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
-from pathlib import Path
-from typing import Any, ParamSpec, Self, TypeVar
+from collections import deque
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count
+from typing import Any, Self, TypeVar
 
 import sqlalchemy as sa
-from sqlalchemy.dialects.sqlite import insert
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
-from sqlalchemy.pool import StaticPool
+import structlog
+from sqlalchemy.dialects.postgresql import ARRAY, insert  # SQLite has learnt its ON CONFLICT from there
 
 from worker.errors import ConfigurationError
-from worker.stores import tables
+from worker.ops import logs
+from worker.stores import schema, sqlite
+from worker.stores.backend import Backend, Contended, T, Unreachable, Work
+from worker.stores.tables import facts, writers
 
-SCHEMA_VERSION = "1"
-IN_MEMORY = "sqlite://"
-_WAL_PAUSES_S = (0.05,) * 100
+_log = structlog.stdlib.get_logger(__name__)
+
+Item = TypeVar("Item")
+Together = Callable[[sa.Connection, Sequence[Item]], Sequence[T]]
+"""Does for all items what was asked for; returns as many results."""
+
+PAUSE_S = 0.2
+LONGEST_PAUSE_S = 5.0
+PATIENCE_S = 5.0
+BATCH = 1000
+CONTENDED_S = 0.05
 
 
-_P = ParamSpec("_P")
-_T = TypeVar("_T")
+@dataclass(eq=False, slots=True)
+class _Job:
+    """`place`: where in a transaction. A `patient` one waits until the store takes it, unless the fault is its own."""
 
-
-def to_the_end(method: Callable[_P, Coroutine[Any, Any, _T]]) -> Callable[_P, Coroutine[Any, Any, _T]]:
-    """What is begun is done, also if its caller is cancelled.
-
-    SQLAlchemy throws away a connection that was in use then, and a store in memory with it.
-    """
-
-    @functools.wraps(method)
-    async def shielded(*args: _P.args, **kwargs: _P.kwargs) -> _T:
-        return await asyncio.shield(method(*args, **kwargs))
-
-    return shielded
+    write: Together[Any, Any]
+    item: Any
+    place: str
+    alone: bool
+    patient: bool
+    done: asyncio.Future[Any]
+    dropped: bool = False
 
 
 class Database:
-    """An engine, and one writer at a time. The file holds tokens: only its owner may read it."""
+    """Reads, and writes in the order in which they were asked for.
 
-    def __init__(self, engine: AsyncEngine, *, in_memory: bool) -> None:
-        self._engine = engine
-        self._in_memory = in_memory
-        self._turn = asyncio.Lock()
+    `place` orders what is written in one transaction, by table and key: workers that lock the same rows do so in the
+    same order. What locks rows in no such order is written `alone`.
+    """
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._name = uuid.uuid4().hex
+        self._numbers = count(1)
+        self._waiting: deque[_Job] = deque()
+        self._committing: asyncio.Task[None] | None = None
+        self._outage: asyncio.Task[None] | None = None
 
     @classmethod
     async def open(cls, url: str) -> Self:
-        """Open `sqlite:///FILE` or `sqlite://`, made if it is not there.
+        """Open `sqlite:///FILE`, `sqlite://` or `postgresql://…`; the tables are made, or brought up to date.
 
         Raises:
-            ConfigurationError: the file cannot be used, or a newer version made it.
+            ConfigurationError: it cannot be used, or a newer version made it.
         """
-        engine = _engine(url)
-        database = cls(engine, in_memory=url == IN_MEMORY)
+        backend = await sqlite.Sqlite.open(url)
         try:
-            await database._log_ahead()
-            async with database.writing() as connection:
-                await connection.run_sync(tables.metadata.create_all)
-                await connection.execute(_add_fact("schema_version", SCHEMA_VERSION))
-                await connection.execute(_add_fact("store_id", "memory" if url == IN_MEMORY else uuid.uuid4().hex))
-            version = await database.fact("schema_version")
-        except sa.exc.DBAPIError as error:
-            await engine.dispose()
-            raise ConfigurationError(f"STORE_URL: the file cannot be used: {error.orig}") from None
-        if version != SCHEMA_VERSION:
-            await engine.dispose()
-            raise ConfigurationError(f"STORE_URL: made by another version (schema {version}, wanted {SCHEMA_VERSION})")
-        return database
+            await backend.write(schema.prepare)
+        except (Unreachable, sa.exc.DBAPIError) as error:
+            await backend.close()
+            raise ConfigurationError(f"STORE_URL: it cannot be used: {text_of(error)}") from None
+        except BaseException:
+            await backend.close()
+            raise
+        return cls(backend)
 
     async def close(self) -> None:
-        """Close the connections, after what has been begun."""
-        async with self._turn:
-            await self._engine.dispose()
-
-    async def _log_ahead(self) -> None:
-        """Readers do not hold up writers then. Noted in the file, so that mostly there is nothing to do."""
-        for pause_s in (*_WAL_PAUSES_S, None):
-            try:
-                async with self._engine.connect() as connection:
-                    await connection.exec_driver_sql("PRAGMA journal_mode=WAL")
-            except sa.exc.OperationalError as error:
-                # For this alone SQLite does not wait its turn, and a fleet starts all at once.
-                if pause_s is None or "locked" not in str(error.orig):
-                    raise
-                await asyncio.sleep(pause_s)
-            else:
-                return
+        """Close the connections, after what was asked for; where the store is out of reach, that is given up soon."""
+        if self._committing is not None:
+            await asyncio.wait([self._committing], timeout=LONGEST_PAUSE_S)
+        for task in (self._committing, self._outage):
+            if task is not None:
+                task.cancel()
+                await asyncio.wait([task])
+        for job in self._waiting:
+            job.done.cancel()
+        await self._backend.close()
 
     async def fact(self, name: str) -> str:
         """Something written down when the database was made."""
-        async with self.reading() as connection:
-            result = await connection.execute(sa.select(tables.facts.c.value).where(tables.facts.c.name == name))
-            return str(result.scalar_one())
+        query = sa.select(facts.c.value).where(facts.c.name == name)
+        return await self.read(lambda connection: str(connection.execute(query).scalar_one()))
 
-    @asynccontextmanager
-    async def reading(self) -> AsyncIterator[AsyncConnection]:
-        """A connection to read with."""
-        # In memory all share one connection, and giving it back undoes what is half written.
-        turn = self._turn if self._in_memory else contextlib.nullcontext()
-        async with turn, self._engine.connect() as connection:
-            yield connection
+    async def read(self, work: Work[T], *, patient: bool = False) -> T:
+        """Look something up, beside whatever is written; `patient` waits out an outage.
 
-    @asynccontextmanager
-    async def writing(self) -> AsyncIterator[AsyncConnection]:
-        """A transaction; the only one of this process, and in SQLite of all processes."""
-        async with self._turn, self._engine.connect() as connection:
-            # A transaction that reads before it writes would fail at once if another worker writes meanwhile.
-            await connection.exec_driver_sql("BEGIN IMMEDIATE")
+        Raises:
+            Unreachable: the store is out of reach.
+        """
+        while True:
             try:
-                yield connection
-            except BaseException:
-                await connection.exec_driver_sql("ROLLBACK")
-                raise
-            await connection.exec_driver_sql("COMMIT")
+                self._demand_reachable()
+                return await self._backend.read(work)
+            except Unreachable as error:
+                if not patient:
+                    raise
+                await self._wait_out(error)
+
+    async def write(self, work: Work[T], place: str, *, alone: bool = False) -> T:
+        """Have it written, soon or not at all. What has begun is done also if the caller is cancelled.
+
+        Raises:
+            Unreachable: the store is out of reach, or too slow. It may have been written nevertheless.
+        """
+        self._demand_reachable()
+        job = self._enqueue(lambda connection, _: [work(connection)], None, place, alone=alone, patient=False)
+        if not (await asyncio.wait([job.done], timeout=PATIENCE_S))[0]:
+            job.dropped = True
+            raise Unreachable("no answer in time")
+        result: T = job.done.result()
+        return result
+
+    def ask(self, work: Work[T], place: str, *, alone: bool = False) -> asyncio.Future[T]:
+        """Have it written, however long that takes; not to be cancelled."""
+        return self._enqueue(lambda connection, _: [work(connection)], None, place, alone=alone, patient=True).done
+
+    def ask_together(self, write: Together[Item, T], item: Item, place: str) -> asyncio.Future[T]:
+        """As `ask`; all items of a transaction are handed to `write` at once, in their order."""
+        return self._enqueue(write, item, place, alone=False, patient=True).done
+
+    def _enqueue(self, write: Together[Any, Any], item: Any, place: str, *, alone: bool, patient: bool) -> _Job:
+        done: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        # Whoever asked may be gone by then.
+        done.add_done_callback(lambda one: one.cancelled() or one.exception())
+        job = _Job(write, item, place, alone, patient, done)
+        self._waiting.append(job)
+        if self._committing is None:
+            self._committing = asyncio.create_task(self._commit())
+        return job
+
+    async def _commit(self) -> None:
+        batch: list[_Job] = []
+        try:
+            while self._waiting:
+                batch = self._next_batch()
+                await self._settle(batch)
+        finally:
+            self._committing = None
+            for job in batch:
+                job.done.cancel()
+
+    def _next_batch(self) -> list[_Job]:
+        batch = [self._waiting.popleft()]
+        while self._waiting and len(batch) < BATCH and not (batch[0].alone or self._waiting[0].alone):
+            batch.append(self._waiting.popleft())
+        return batch
+
+    async def _settle(self, jobs: Sequence[_Job]) -> None:
+        """Write them in one transaction, or, if something is wrong with one of them, in one each."""
+        transaction = _Transaction(self._name, next(self._numbers), jobs)
+        pause_s = PAUSE_S
+        while still := transaction.open():
+            try:
+                transaction.finish(await self._backend.write(transaction))
+            except Contended:
+                await asyncio.sleep(CONTENDED_S * random.random())  # noqa: S311 - it keeps two workers apart
+            except Unreachable as error:
+                for job in still:
+                    if not job.patient:
+                        job.done.set_exception(error)
+                await self._wait_out(error)
+            except Exception as error:  # noqa: BLE001 - whoever asked for it has it
+                if len(still) > 1:
+                    for job in still:
+                        await self._settle([job])
+                elif still[0].patient and not _is_its_own(error):
+                    _log.error(logs.STORE_FAILED, error=text_of(error), again_in_s=pause_s)
+                    await asyncio.sleep(pause_s)
+                    pause_s = min(pause_s * 2, LONGEST_PAUSE_S)
+                else:
+                    still[0].done.set_exception(error)
+
+    def _demand_reachable(self) -> None:
+        if self._outage is not None:
+            raise Unreachable("the store is out of reach")
+
+    async def _wait_out(self, error: Exception) -> None:
+        """Return when the store can be reached again. All wait together, and one looks."""
+        if self._outage is None:
+            self._outage = asyncio.create_task(self._look_out(error))
+        await asyncio.shield(self._outage)
+
+    async def _look_out(self, error: Exception) -> None:
+        pause_s = PAUSE_S
+        try:
+            while True:
+                _log.error(logs.STORE_FAILED, error=str(error), again_in_s=pause_s)
+                await asyncio.sleep(pause_s)
+                pause_s = min(pause_s * 2, LONGEST_PAUSE_S)
+                try:
+                    await self._backend.read(lambda connection: connection.execute(sa.select(1)).scalar_one())
+                except Unreachable as still:
+                    error = still
+                else:
+                    return
+        finally:
+            self._outage = None
 
 
-def _engine(url: str) -> AsyncEngine:
-    driver_url = url.replace("sqlite://", "sqlite+aiosqlite://", 1)
-    # Parameters hold tokens, and errors are logged.
-    options: dict[str, Any] = {
-        "connect_args": {"timeout": 30},
-        "isolation_level": "AUTOCOMMIT",
-        "hide_parameters": True,
-    }
-    if url == IN_MEMORY:
-        return create_async_engine(driver_url, poolclass=StaticPool, **options)
-    path = Path(url.removeprefix("sqlite:///"))
-    try:
-        # As SQLite will, but with an error that says what is wrong.
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-    except OSError as error:
-        raise ConfigurationError(f"STORE_URL: {path} cannot be written: {error.strerror}") from None
-    engine = create_async_engine(driver_url, **options)
+class _Transaction:
+    """What is written together, and whether it has been: the answer to a commit may be lost with the connection.
 
-    @sa.event.listens_for(engine.sync_engine, "connect")
-    def prepare(connection: Any, _record: object) -> None:
-        cursor = connection.cursor()
-        cursor.execute("PRAGMA synchronous=FULL")
-        cursor.close()
+    Called again, it does nothing if its number stands already; the results are those of then.
+    """
 
-    return engine
+    def __init__(self, writer: str, number: int, jobs: Sequence[_Job]) -> None:
+        self._mark = _MARK.values(writer=writer, number=number)
+        self._jobs = jobs
+        self._results: dict[_Job, Any] = {}
+
+    def open(self) -> list[_Job]:
+        """What is still to be written."""
+        return [job for job in self._jobs if not (job.dropped or job.done.done())]
+
+    def finish(self, results: Mapping[_Job, Any]) -> None:
+        """It is committed."""
+        for job, result in results.items():
+            if not job.done.done():
+                job.done.set_result(result)
+
+    def __call__(self, connection: sa.Connection) -> Mapping[_Job, Any]:
+        """Write, and return the results. Waits for a try before, if the server has not given that up yet."""
+        if connection.execute(self._mark.values(touched=time.time())).first() is None:
+            return self._results
+        groups: dict[Together[Any, Any], list[_Job]] = {}
+        for job in self.open():
+            groups.setdefault(job.write, []).append(job)
+        self._results = {}
+        for write, jobs in sorted(groups.items(), key=lambda group: group[1][0].place):
+            results = write(connection, [job.item for job in jobs])
+            self._results |= zip(jobs, results, strict=True)
+        return self._results
 
 
-def _add_fact(name: str, value: str) -> sa.Insert:
-    return insert(tables.facts).values(name=name, value=value).on_conflict_do_nothing()
+_NEW = insert(writers)
+_MARK = _NEW.on_conflict_do_update(
+    index_elements=["writer"],
+    set_={"number": _NEW.excluded.number, "touched": _NEW.excluded.touched},
+    where=writers.c.number < _NEW.excluded.number,
+).returning(writers.c.number)
+
+
+def _is_its_own(error: Exception) -> bool:
+    """Whether the fault is with what was asked for: waiting would not help."""
+    if not isinstance(error, sa.exc.DBAPIError):
+        return True
+    sqlstate = getattr(error.orig, "sqlstate", None) or ""
+    return isinstance(error, sa.exc.DataError | sa.exc.IntegrityError) or sqlstate[:2] in ("22", "23")
+
+
+def text_of(error: Exception) -> str:
+    """What went wrong, without the parameters, which hold tokens and what was said."""
+    return str(error.orig if isinstance(error, sa.exc.DBAPIError) else error)
+
+
+def among(connection: sa.Connection, column: sa.ColumnElement[Any], values: Collection[Any]) -> sa.ColumnElement[bool]:
+    """Whether the column has one of these values: in PostgreSQL one parameter, however many there are."""
+    if connection.dialect.name == "postgresql":
+        return column == sa.any_(sa.literal(list(values), ARRAY(column.type)))
+    return column.in_(values)

@@ -1,29 +1,26 @@
-"""The ledger in SQL, with group commit: what many lanes write while one transaction runs goes into the next."""
+"""The ledger in SQL: what many lanes write in one transaction is looked up, judged and written together."""
 
 import asyncio
 import json
 import uuid
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import sqlalchemy as sa
 import structlog
-from sqlalchemy.dialects.sqlite import insert
-from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy.dialects.postgresql import insert
 
 from schemas.events import EVENT_TYPES, Event
 from worker.core.memory import Attempt, Changes, Ended, Memory, SentPart, State, Turn, TurnState
 from worker.ops import logs
 from worker.ports import Clock, Grant
-from worker.stores.database import Database, to_the_end
-from worker.stores.tables import commands, conversations, endings, partitions, turns
+from worker.stores.backend import Contended, Unreachable
+from worker.stores.database import Database, among, text_of
+from worker.stores.tables import commands, conversations, endings, partitions, turns, writers
 
 _log = structlog.stdlib.get_logger(__name__)
 
-PAUSE_S = 0.2
-LONGEST_PAUSE_S = 5.0
 PRUNE_ROWS = 500
 """Rows a transaction of `prune` deletes at most, so that speech does not wait for it."""
 
@@ -32,6 +29,7 @@ ENDED = sa.select(commands.c.message_id, commands.c.fingerprint, commands.c.touc
 )
 """Commands with how they ended; `ended_of` reads a row of it."""
 
+_PLACE = "ledger"
 _DATA_TYPES = {name: data for data, name in EVENT_TYPES.items()}
 
 _Row = tuple[str, int | None]
@@ -47,166 +45,147 @@ class _Job:
     partition: int
     epoch: int | None
     outcome: bool
-    done: asyncio.Future[Grant]
 
 
 class SqlLedger:
-    """`ports.Ledger` in a `Database`. Writes only while `run` runs."""
+    """`ports.Ledger` in a `Database`."""
 
     def __init__(self, database: Database, clock: Clock) -> None:
         self._database = database
         self._clock = clock
-        self._jobs: deque[_Job] = deque()
-        self._wake = asyncio.Event()
-        self._stopping = False
-
-    async def run(self) -> None:
-        """Write what is asked for, until cancelled; what was asked for before that is written."""
-        writing = asyncio.create_task(self._write_on())
-        try:
-            # What is being written must not be asked for again: it would look like another's.
-            await asyncio.shield(writing)
-        finally:
-            self._stopping = True
-            self._wake.set()
-            await asyncio.wait([writing], timeout=LONGEST_PAUSE_S)
-            writing.cancel()
-
-    async def _write_on(self) -> None:
-        while not self._stopping:
-            await self._wake.wait()
-            await self._flush()
+        self._asked: dict[str, asyncio.Future[Grant]] = {}
+        """The last write asked for, by conversation, until it is done."""
 
     async def recall(self, conversation_id: str) -> Memory:
         """See `ports.Ledger`, here and below."""
-        asked = [job.done for job in self._jobs if job.conversation_id == conversation_id]
-        if asked:
-            await asyncio.wait(asked)
-        return await self._recall(conversation_id)
+        if conversation_id in self._asked:
+            await asyncio.wait([self._asked[conversation_id]])
+        return await self._database.read(lambda connection: recalled(connection, conversation_id), patient=True)
 
-    @to_the_end
-    async def _recall(self, conversation_id: str) -> Memory:
-        async with self._database.reading() as connection:
-            one = sa.select(conversations).where(conversations.c.conversation_id == conversation_id)
-            row = (await connection.execute(one)).one_or_none()
-            if row is None:
-                return Memory(writer=uuid.uuid4().hex)
-            found = await connection.execute(sa.select(turns).where(turns.c.conversation_id == conversation_id))
-            known = {
-                one.turn_id: Turn(TurnState(one.state), one.pieces, one.text_length, one.touched, one.replay)
-                for one in found
-            }
-        return Memory(_state(row.state), known, version=row.version, writer=uuid.uuid4().hex)
-
-    @to_the_end
     async def partition_of(self, conversation_id: str) -> int | None:
         """Read from the state."""
         query = sa.select(conversations.c.state).where(conversations.c.conversation_id == conversation_id)
-        async with self._database.reading() as connection:
-            state = (await connection.execute(query)).scalar_one_or_none()
+        state = await self._database.read(lambda connection: connection.execute(query).scalar_one_or_none())
         return None if state is None else _state(state).partition
 
-    @to_the_end
     async def known(self, conversation_id: str, message_ids: Sequence[str]) -> dict[str, Ended]:
         """One look-up for all."""
-        async with self._database.reading() as connection:
-            return await _known(connection, conversation_id, message_ids)
+        return await self._database.read(
+            lambda connection: _known(connection, conversation_id, message_ids), patient=True
+        )
 
     def intend(
         self, conversation_id: str, changes: Changes | None, partition: int, epoch: int
     ) -> asyncio.Future[Grant]:
         """Granted while that epoch is the partition's newest, and the conversation's row as it was."""
-        return self._ask(_Job(conversation_id, changes, partition, epoch, outcome=False, done=_future()))
+        return self._ask(_Job(conversation_id, changes, partition, epoch, outcome=False))
 
     def record(self, conversation_id: str, changes: Changes, *, outcome: bool) -> asyncio.Future[Grant]:
         """Granted while the row is as it was; an outcome, while its attempt has none."""
-        return self._ask(_Job(conversation_id, changes, -1, None, outcome, done=_future()))
+        return self._ask(_Job(conversation_id, changes, -1, None, outcome))
 
     async def end(self, conversation_id: str, known_as: str, ended: Ended) -> Ended:
-        """In one transaction; tries until the store takes it."""
-        pause_s = PAUSE_S
-        while True:
-            try:
-                return await self._end(conversation_id, known_as, ended)
-            except sa.exc.DBAPIError as error:
-                _log.error(logs.STORE_FAILED, error=str(error.orig), again_in_s=pause_s)
-            await asyncio.sleep(pause_s)
-            pause_s = min(pause_s * 2, LONGEST_PAUSE_S)
+        """The conversation's row is locked first, as for all that is written of it."""
 
-    @to_the_end
-    async def _end(self, conversation_id: str, known_as: str, ended: Ended) -> Ended:
-        async with self._database.writing() as connection:
-            stands = (await _known(connection, conversation_id, [known_as])).get(known_as)
+        def work(connection: sa.Connection) -> Ended:
+            connection.execute(_noted(conversation_id, ended.at))
+            mine = conversations.c.conversation_id == conversation_id
+            connection.execute(sa.select(conversations.c.version).where(mine).with_for_update())
+            stands = _known(connection, conversation_id, [known_as]).get(known_as)
             if stands is None:
-                await connection.execute(_noted(conversation_id, ended.at))
                 for table, row in _ended_rows(conversation_id, known_as, ended):
-                    await connection.execute(_STATEMENTS[table], [row])
+                    connection.execute(_STATEMENTS[table], [row])
             return stands or ended
 
-    @to_the_end
+        return await asyncio.shield(self._database.ask(work, _PLACE, alone=True))
+
     async def raise_epoch(self, partition: int) -> int:
-        """One statement."""
+        """One statement; it waits for every intent that is being written under the epoch before."""
         first = insert(partitions).values(partition=partition, epoch=1)
         statement = first.on_conflict_do_update(
             index_elements=["partition"], set_={"epoch": partitions.c.epoch + 1}
         ).returning(partitions.c.epoch)
-        async with self._database.writing() as connection:
-            return int((await connection.execute(statement)).scalar_one())
+        raised = self._database.ask(
+            lambda connection: int(connection.execute(statement).scalar_one()), _PLACE, alone=True
+        )
+        return await asyncio.shield(raised)
 
-    @to_the_end
     async def prune(self, before: float) -> None:
         """A batch at a time; what an outage of the store leaves is for the next time."""
         try:
-            await self._prune(before)
-        except sa.exc.DBAPIError as error:
-            _log.error(logs.STORE_FAILED, error=str(error.orig))
-
-    async def _prune(self, before: float) -> None:
-        for table in (commands, endings, turns, conversations):
-            key = list(table.primary_key.columns)
-            stale = sa.select(*key).where(table.c.touched < before).limit(PRUNE_ROWS)
-            full = True
-            while full:
-                async with self._database.writing() as connection:
-                    result = await connection.execute(sa.delete(table).where(sa.tuple_(*key).in_(stale)))
-                    full = result.rowcount == PRUNE_ROWS
+            for table in (commands, endings, turns, conversations, writers):
+                statement = _deletion(table, before)
+                full = True
+                while full:
+                    deleted = await self._database.write(
+                        lambda connection, one=statement: connection.execute(one).rowcount,  # type: ignore[misc]
+                        _PLACE,
+                        alone=True,
+                    )
+                    full = deleted == PRUNE_ROWS
+        except (Unreachable, sa.exc.DBAPIError) as error:
+            _log.error(logs.STORE_FAILED, error=text_of(error))
 
     def _ask(self, job: _Job) -> asyncio.Future[Grant]:
-        self._jobs.append(job)
-        self._wake.set()
-        return job.done
+        conversation_id = job.conversation_id
+        asked = self._asked[conversation_id] = self._database.ask_together(self._write, job, _PLACE)
 
-    async def _flush(self) -> None:
-        """Write all there is in one transaction; try until the store takes it."""
-        pause_s = PAUSE_S
-        while self._jobs:
-            batch = list(self._jobs)
-            try:
-                granted = await self._write(batch)
-            except sa.exc.DBAPIError as error:
-                _log.error(logs.STORE_FAILED, error=str(error.orig), again_in_s=pause_s)
-                await asyncio.sleep(pause_s)
-                pause_s = min(pause_s * 2, LONGEST_PAUSE_S)
-                continue
-            pause_s = PAUSE_S
-            for job, grant in zip(batch, granted, strict=True):
-                self._jobs.popleft()
-                if not job.done.done():
-                    job.done.set_result(grant)
-        self._wake.clear()
+        def forget(done: asyncio.Future[Grant]) -> None:
+            if self._asked.get(conversation_id) is done:
+                del self._asked[conversation_id]
 
-    @to_the_end
-    async def _write(self, batch: Sequence[_Job]) -> list[Grant]:
-        async with self._database.writing() as connection:
-            epochs = {row.partition: row.epoch for row in await connection.execute(sa.select(partitions))}
-            columns = (conversations.c.conversation_id, conversations.c.version, conversations.c.attempt)
-            ids = {job.conversation_id for job in batch}
-            found = await connection.execute(sa.select(*columns).where(columns[0].in_(ids)))
-            rows = {row.conversation_id: (row.version, row.attempt) for row in found}
-            granted = [_judge(job, rows, epochs) for job in batch]
-            wanted = [job for job, grant in zip(batch, granted, strict=True) if grant is Grant.GRANTED and job.changes]
-            await _put(connection, rows, wanted, self._clock())
+        asked.add_done_callback(forget)
+        return asyncio.shield(asked)
+
+    def _write(self, connection: sa.Connection, jobs: Sequence[_Job]) -> list[Grant]:
+        """Locks the epochs against being raised, and then the conversations, each in order; judges; and writes."""
+        numbers = {job.partition for job in jobs if job.epoch is not None}
+        column = partitions.c.partition
+        owned = sa.select(partitions).where(among(connection, column, numbers)).order_by(column)
+        epochs = {row.partition: row.epoch for row in connection.execute(owned.with_for_update(read=True))}
+        ids = {job.conversation_id for job in jobs if job.changes}
+        rows = _lock(connection, ids)
+        fresh = ids - rows.keys()
+        granted = [_judge(job, rows, epochs) for job in jobs]
+        wanted = [job for job, grant in zip(jobs, granted, strict=True) if grant is Grant.GRANTED and job.changes]
+        now = self._clock()
+        _claim(connection, fresh & {job.conversation_id for job in wanted}, now)
+        _put(connection, rows, wanted, now)
         return granted
+
+
+def recalled(connection: sa.Connection, conversation_id: str) -> Memory:
+    """What is known of the conversation."""
+    writer = uuid.uuid4().hex
+    state = sa.select(conversations).where(conversations.c.conversation_id == conversation_id)
+    row = connection.execute(state).one_or_none()
+    if row is None:
+        return Memory(writer=writer)
+    found = connection.execute(sa.select(turns).where(turns.c.conversation_id == conversation_id))
+    known = {
+        one.turn_id: Turn(TurnState(one.state), one.pieces, one.text_length, one.touched, one.replay) for one in found
+    }
+    return Memory(_state(row.state), known, version=row.version, writer=writer)
+
+
+def _lock(connection: sa.Connection, conversation_ids: Collection[str]) -> dict[str, _Row]:
+    columns = (conversations.c.conversation_id, conversations.c.version, conversations.c.attempt)
+    query = sa.select(*columns).where(among(connection, columns[0], conversation_ids)).order_by(columns[0])
+    return {row.conversation_id: (row.version, row.attempt) for row in connection.execute(query.with_for_update())}
+
+
+def _claim(connection: sa.Connection, conversation_ids: Collection[str], now: float) -> None:
+    """Make rows where there were none to lock.
+
+    Raises:
+        Contended: another worker has made one of them meanwhile.
+    """
+    if not conversation_ids:
+        return
+    statement = insert(conversations).on_conflict_do_nothing().returning(conversations.c.conversation_id)
+    made = connection.execute(statement, [_note(one, now) for one in sorted(conversation_ids)]).all()
+    if len(made) < len(conversation_ids):
+        raise Contended
 
 
 def _judge(job: _Job, rows: dict[str, _Row], epochs: Mapping[int, int]) -> Grant:
@@ -224,7 +203,7 @@ def _judge(job: _Job, rows: dict[str, _Row], epochs: Mapping[int, int]) -> Grant
     return Grant.GRANTED
 
 
-async def _put(connection: AsyncConnection, written: Mapping[str, _Row], jobs: Iterable[_Job], now: float) -> None:
+def _put(connection: sa.Connection, written: Mapping[str, _Row], jobs: Iterable[_Job], now: float) -> None:
     rows: dict[sa.Table, list[Mapping[str, Any]]] = {conversations: [], turns: [], endings: [], commands: []}
     for job in jobs:
         changes, conversation_id = job.changes, job.conversation_id
@@ -248,13 +227,24 @@ async def _put(connection: AsyncConnection, written: Mapping[str, _Row], jobs: I
                 rows[table].append(row)
     for table, statement in _STATEMENTS.items():
         if rows[table]:
-            await connection.execute(statement, rows[table])
+            connection.execute(statement, rows[table])
 
 
 def _noted(conversation_id: str, now: float) -> sa.Insert:
     """A row of the conversation, if there is none: a lane that finds none looks nothing up."""
-    row = {"conversation_id": conversation_id, "version": "noted", "state": _state_text(State()), "touched": now}
-    return insert(conversations).values(row).on_conflict_do_nothing()
+    return insert(conversations).values(_note(conversation_id, now)).on_conflict_do_nothing()
+
+
+def _note(conversation_id: str, now: float) -> dict[str, Any]:
+    return {"conversation_id": conversation_id, "version": "noted", "state": _state_text(State()), "touched": now}
+
+
+def _deletion(table: sa.Table, before: float) -> sa.Delete:
+    """Of rows that nobody is writing just now."""
+    key = list(table.primary_key.columns)
+    stale = sa.select(*key).where(table.c.touched < before).limit(PRUNE_ROWS).with_for_update(skip_locked=True)
+    # PostgreSQL may run a subquery again and again, but no CTE; SQLite's driver counts no rows if one stands in front.
+    return sa.delete(table).where(sa.tuple_(*key).in_(sa.select(stale.cte(nesting=True))))
 
 
 def _ended_rows(conversation_id: str, message_id: str, ended: Ended) -> Iterator[tuple[sa.Table, Mapping[str, Any]]]:
@@ -264,9 +254,11 @@ def _ended_rows(conversation_id: str, message_id: str, ended: Ended) -> Iterator
     yield commands, command | {"ending_id": ending_id, "touched": ended.at}
 
 
-async def _known(connection: AsyncConnection, conversation_id: str, message_ids: Sequence[str]) -> dict[str, Ended]:
-    wanted = sa.and_(commands.c.conversation_id == conversation_id, commands.c.message_id.in_(message_ids))
-    found = await connection.execute(ENDED.where(wanted))
+def _known(connection: sa.Connection, conversation_id: str, message_ids: Sequence[str]) -> dict[str, Ended]:
+    wanted = sa.and_(
+        commands.c.conversation_id == conversation_id, among(connection, commands.c.message_id, message_ids)
+    )
+    found = connection.execute(ENDED.where(wanted))
     return {row.message_id: ended_of(row) for row in found}
 
 
@@ -303,10 +295,6 @@ def ended_of(row: Any) -> Ended:
 def _event(row: Sequence[Any]) -> Event:
     event_type, conversation_id, key, traceparent, data = row
     return Event(conversation_id, _DATA_TYPES[event_type].model_validate(data), key, traceparent)
-
-
-def _future() -> asyncio.Future[Grant]:
-    return asyncio.get_running_loop().create_future()
 
 
 def _state_text(state: State) -> str:

@@ -7,8 +7,10 @@ import sqlalchemy as sa
 
 from worker.core.memory import Ended, Memory
 from worker.errors import ConfigurationError
-from worker.stores.database import IN_MEMORY, Database
-from worker.stores.ledger import ENDED, SqlLedger, ended_of
+from worker.stores.backend import Unreachable
+from worker.stores.database import Database
+from worker.stores.ledger import ENDED, ended_of, recalled
+from worker.stores.sqlite import IN_MEMORY
 from worker.stores.tables import commands, conversations, partitions, sessions
 
 LAST_ENDS = 10
@@ -57,19 +59,31 @@ def demand_store(url: str) -> None:
 
 
 async def collect(database: Database, conversation_id: str) -> Dossier:
-    """Look it all up."""
-    memory = await SqlLedger(database, lambda: 0.0).recall(conversation_id)
+    """Look it all up.
+
+    Raises:
+        ConfigurationError: the store is out of reach.
+    """
+    try:
+        return await database.read(lambda connection: _collect(connection, conversation_id))
+    except Unreachable as error:
+        raise ConfigurationError(f"STORE_URL: it cannot be reached: {error}") from None
+
+
+def _collect(connection: sa.Connection, conversation_id: str) -> Dossier:
     mine = commands.c.conversation_id == conversation_id
     latest = ENDED.where(mine).order_by(commands.c.touched.desc()).limit(LAST_ENDS)
-    async with database.reading() as connection:
-        row = sa.select(conversations.c.touched).where(conversations.c.conversation_id == conversation_id)
-        touched = (await connection.execute(row)).scalar_one_or_none()
-        held = sa.select(sessions).where(sessions.c.conversation_id == conversation_id)
-        session = (await connection.execute(held)).one_or_none()
-        epochs = {row.partition: row.epoch for row in await connection.execute(sa.select(partitions))}
-        ended = (await connection.execute(sa.select(sa.func.count()).select_from(commands).where(mine))).scalar_one()
-        ends = [(row.message_id, ended_of(row)) for row in await connection.execute(latest)]
-    return Dossier(memory, touched, None if session is None else _session(session), epochs, ended, ends)
+    row = sa.select(conversations.c.touched).where(conversations.c.conversation_id == conversation_id)
+    held = sa.select(sessions).where(sessions.c.conversation_id == conversation_id)
+    session = connection.execute(held).one_or_none()
+    return Dossier(
+        memory=recalled(connection, conversation_id),
+        touched=connection.execute(row).scalar_one_or_none(),
+        session=None if session is None else _session(session),
+        epochs={row.partition: row.epoch for row in connection.execute(sa.select(partitions))},
+        ended=connection.execute(sa.select(sa.func.count()).select_from(commands).where(mine)).scalar_one(),
+        ends=[(row.message_id, ended_of(row)) for row in connection.execute(latest)],
+    )
 
 
 def _session(row: sa.Row[tuple[object, ...]]) -> KnownSession:

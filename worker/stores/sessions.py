@@ -5,12 +5,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.dialects.sqlite import insert
+from sqlalchemy.dialects.postgresql import insert
 
 from worker.core.model import Session, Viewer
 from worker.ports import Held
-from worker.stores.database import Database, to_the_end
+from worker.stores.database import Database
 from worker.stores.tables import sessions
+
+_PLACE = "sessions"
 
 
 class SqlSessions:
@@ -23,68 +25,73 @@ class SqlSessions:
         """See `ports.SessionStore`, here and below."""
         return await self._database.fact("store_id")
 
-    @to_the_end
     async def take(self, conversation_id: str, owner: str, until: float) -> Held | None:
         """One statement, so that two takers cannot both win."""
-        row = (
+        statement = (
             sa.update(sessions)
             .where(sessions.c.conversation_id == conversation_id)
             .values(owner=owner, lease_until=until)
             .returning(*sessions.c)
         )
-        async with self._database.writing() as connection:
-            found = (await connection.execute(row)).one_or_none()
+        found = await self._database.write(
+            lambda connection: connection.execute(statement).one_or_none(), _place(conversation_id)
+        )
         return None if found is None else _held(found)
 
-    @to_the_end
     async def put(self, held: Held, owner: str, until: float) -> None:
         """Insert or replace."""
         values = _values(held) | {"owner": owner, "lease_until": until}
         statement = insert(sessions).values(values)
         statement = statement.on_conflict_do_update(index_elements=["conversation_id"], set_=values)
-        async with self._database.writing() as connection:
-            await connection.execute(statement)
+        await self._database.write(lambda connection: connection.execute(statement), _place(held.conversation_id))
 
-    @to_the_end
     async def renew(self, held: Mapping[str, Held], owner: str, until: float) -> set[str]:
-        """All in one transaction."""
-        lost: set[str] = set()
-        if not held:
-            return lost
-        async with self._database.writing() as connection:
-            for conversation_id, one in held.items():
-                result = await connection.execute(
-                    sa.update(sessions)
-                    .where(*_is_held(one, owner))
-                    .values(lease_until=until, last_used=sa.func.max(sessions.c.last_used, one.last_used))
-                )
-                if result.rowcount == 0:
-                    lost.add(conversation_id)
-        return lost
+        """All in one transaction, and in an order that all workers keep."""
 
-    @to_the_end
+        def work(connection: sa.Connection) -> set[str]:
+            return {
+                key for key, one in sorted(held.items()) if not connection.execute(_renewal(one, owner, until)).rowcount
+            }
+
+        return await self._database.write(work, _PLACE, alone=True) if held else set()
+
     async def adopt(self, owner: str, now: float, until: float) -> list[Held]:
         """Looks before it locks: mostly there is nothing to adopt."""
         stale = sessions.c.lease_until < now
-        async with self._database.reading() as connection:
-            if (await connection.execute(sa.select(sa.exists().where(stale)))).scalar() == 0:
-                return []
-        statement = sa.update(sessions).where(stale).values(owner=owner, lease_until=until).returning(*sessions.c)
-        async with self._database.writing() as connection:
-            return [_held(row) for row in await connection.execute(statement)]
+        query = sa.select(sa.exists().where(stale))
+        if not await self._database.read(lambda connection: connection.execute(query).scalar_one()):
+            return []
+        # Whoever holds a row just now takes it, renews it or adopts it.
+        free = sa.select(sessions.c.conversation_id).where(stale).with_for_update(skip_locked=True).cte()
+        statement = (
+            sa.update(sessions)
+            .where(sessions.c.conversation_id.in_(sa.select(free)))
+            .values(owner=owner, lease_until=until)
+            .returning(*sessions.c)
+        )
+        rows = await self._database.write(lambda connection: connection.execute(statement).all(), _PLACE, alone=True)
+        return [_held(row) for row in rows]
 
-    @to_the_end
     async def remove(self, held: Held, owner: str) -> bool:
         """Compare and delete."""
-        async with self._database.writing() as connection:
-            result = await connection.execute(sa.delete(sessions).where(*_is_held(held, owner)))
-        return bool(result.rowcount)
+        statement = sa.delete(sessions).where(*_is_held(held, owner))
+        return await self._database.write(
+            lambda connection: bool(connection.execute(statement).rowcount), _place(held.conversation_id)
+        )
 
-    @to_the_end
     async def release(self, owner: str) -> None:
         """The leases run out at once."""
-        async with self._database.writing() as connection:
-            await connection.execute(sa.update(sessions).where(sessions.c.owner == owner).values(lease_until=0))
+        statement = sa.update(sessions).where(sessions.c.owner == owner).values(lease_until=0)
+        await self._database.write(lambda connection: connection.execute(statement), _PLACE, alone=True)
+
+
+def _place(conversation_id: str) -> str:
+    return f"{_PLACE} {conversation_id}"
+
+
+def _renewal(held: Held, owner: str, until: float) -> sa.Update:
+    later = sa.case((sessions.c.last_used > held.last_used, sessions.c.last_used), else_=held.last_used)
+    return sa.update(sessions).where(*_is_held(held, owner)).values(lease_until=until, last_used=later)
 
 
 def _is_held(held: Held, owner: str) -> tuple[sa.ColumnElement[bool], ...]:

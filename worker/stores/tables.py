@@ -1,6 +1,24 @@
-"""The tables. Times are epoch seconds; JSON is text."""
+"""The tables. Times are epoch seconds; JSON is text. Whoever changes them raises `schema.VERSION`."""
+
+from typing import Any
 
 import sqlalchemy as sa
+
+
+class Words(sa.TypeDecorator[str]):
+    """Text that others chose. PostgreSQL takes every character but NUL, and one bad name must not stop a store."""
+
+    impl = sa.Text
+    cache_ok = True
+
+    def process_bind_param(self, value: str | None, dialect: Any) -> str | None:  # noqa: ARG002 - SQLAlchemy's
+        """As it is kept."""
+        return value and value.replace("\x1b", "\x1be").replace("\0", "\x1b0")
+
+    def process_result_value(self, value: str | None, dialect: Any) -> str | None:  # noqa: ARG002 - the same
+        """As it was."""
+        return value and value.replace("\x1b0", "\0").replace("\x1be", "\x1b")
+
 
 metadata = sa.MetaData()
 
@@ -15,10 +33,10 @@ sessions = sa.Table(
     "sessions",
     metadata,
     sa.Column("conversation_id", sa.Text, primary_key=True),
-    sa.Column("session_id", sa.Text, nullable=False),
-    sa.Column("token", sa.Text, nullable=False),
-    sa.Column("avatar_id", sa.Text),
-    sa.Column("voice_id", sa.Text),
+    sa.Column("session_id", Words, nullable=False),
+    sa.Column("token", Words, nullable=False),
+    sa.Column("avatar_id", Words),
+    sa.Column("voice_id", Words),
     sa.Column("voice_speed", sa.Float),
     sa.Column("attached", sa.Boolean, nullable=False),
     sa.Column("viewer", sa.Text),
@@ -48,11 +66,11 @@ turns = sa.Table(
     "turns",
     metadata,
     sa.Column("conversation_id", sa.Text, primary_key=True),
-    sa.Column("turn_id", sa.Text, primary_key=True),
+    sa.Column("turn_id", Words, primary_key=True),
     sa.Column("state", sa.Text, nullable=False),
     sa.Column("pieces", sa.Integer, nullable=False),
     sa.Column("text_length", sa.Integer, nullable=False),
-    sa.Column("replay", sa.Text, nullable=False),
+    sa.Column("replay", Words, nullable=False),
     sa.Column("touched", sa.Float, nullable=False, index=True),
 )
 
@@ -69,8 +87,17 @@ commands = sa.Table(
     "commands",
     metadata,
     sa.Column("conversation_id", sa.Text, primary_key=True),
-    sa.Column("message_id", sa.Text, primary_key=True),
+    sa.Column("message_id", Words, primary_key=True),
     sa.Column("fingerprint", sa.LargeBinary, nullable=False),
     sa.Column("ending_id", sa.Text, nullable=False),
     sa.Column("touched", sa.Float, nullable=False, index=True),
+)
+
+# The last transaction of each process, to tell whether one took place whose answer was lost.
+writers = sa.Table(
+    "writers",
+    metadata,
+    sa.Column("writer", sa.Text, primary_key=True),
+    sa.Column("number", sa.BigInteger, nullable=False),
+    sa.Column("touched", sa.Float, nullable=False),
 )
