@@ -5,7 +5,7 @@
 
 import asyncio
 import signal
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack
 from typing import Any, Self
 
@@ -28,7 +28,7 @@ from worker.flow.lanes import Lanes
 from worker.flow.settler import Settler
 from worker.ops import logs
 from worker.ops.health import Health
-from worker.ports import Clock, Ledger, SessionStore
+from worker.ports import Clock, Ledger, SessionStore, Slots
 from worker.settings import Settings
 from worker.stores.database import Database
 from worker.stores.ledger import SqlLedger
@@ -59,7 +59,8 @@ async def run(settings: Settings) -> None:
         api = await stack.enter_async_context(AvatarClient(_api(settings), ks))
         outbox = Outbox(source=settings.event_source, worker=name, event_retry_s=settings.event_retry_s, clock=clock)
         settler = Settler(outbox)
-        desk = Desk(api, store, name, clock)
+        slots = Slots(settings.avatar_max_sessions, settings.session_ghost_s)
+        desk = Desk(api, store, name, clock, slots)
         stack.push_async_callback(_release, store, name)
         lanes = Lanes(settings.rules, desk=desk, ledger=ledger, settler=settler, clock=clock)
         keeper = Keeper(
@@ -69,6 +70,7 @@ async def run(settings: Settings) -> None:
             idle_s=settings.session_idle_s,
             is_served=lanes.is_served,
             submit=settler.submit,
+            renew=lanes.renew,
         )
         wanted = Record(settings.partitions, await store.identity(), settings.prefetch)
         inbox = Inbox(lanes, ledger.raise_epoch, wanted=wanted, worker=name, clock=clock)
@@ -101,7 +103,8 @@ async def run(settings: Settings) -> None:
         await tasks.until(signals.get())
         health.stopping = True
         dead.stop()
-        await _stop(lanes, inbox, signals, settings.drain_timeout_s)
+        ending = keeper.end_all if settings.session_on_stop == "end" else None
+        await _stop(lanes, inbox, signals, settings.drain_timeout_s, ending)
     _log.info(logs.WORKER_STOPPED, worker=name)
 
 
@@ -120,10 +123,16 @@ async def _prune(ledger: Ledger, clock: Clock, keep_s: float) -> None:
         await asyncio.sleep(PRUNE_S)
 
 
-async def _stop(lanes: Lanes, inbox: Inbox, signals: "asyncio.Queue[signal.Signals]", timeout_s: float) -> None:
+async def _stop(
+    lanes: Lanes,
+    inbox: Inbox,
+    signals: "asyncio.Queue[signal.Signals]",
+    timeout_s: float,
+    ending: Callable[[], Coroutine[Any, Any, None]] | None,
+) -> None:
     """Nothing new is begun; what is under way ends, is told and acknowledged, until the deadline or a second signal."""
     _log.info(logs.WORKER_STOPPING, drain_timeout_s=timeout_s)
-    draining = asyncio.create_task(lanes.stop())
+    draining = asyncio.create_task(lanes.stop(ending))
     impatient = asyncio.create_task(signals.get())
     await asyncio.wait({draining, impatient}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
     impatient.cancel()

@@ -97,6 +97,10 @@ class Settings(TopologySettings):
 
     session_idle_s: Timeout = 300
     session_wait_s: Seconds = 10
+    session_on_lost: Literal["recreate", "fail"] = "recreate"
+    session_on_stop: Literal["keep", "end"] = "keep"
+    session_ghost_s: Seconds = 60
+    avatar_max_sessions: Annotated[int, Field(ge=0)] = 0
     session_end_wait_s: Seconds = 30
     keep_alive_s: Timeout = 10
 
@@ -147,6 +151,7 @@ class Settings(TopologySettings):
             max_age_s=self.speech_max_age_s,
             ambiguous=self.ambiguous_say,
             ambiguous_wait_s=self.ambiguous_wait_ms / 1000,
+            on_lost=self.session_on_lost,
             session_wait_s=self.session_wait_s,
             session_end_wait_s=self.session_end_wait_s,
             default_avatar=self.avatar_id,

@@ -13,7 +13,7 @@ import pytest
 
 from worker.core.model import Session, Viewer
 from worker.errors import ConfigurationError
-from worker.ports import Held, SessionStore
+from worker.ports import Held, SessionStore, Slots
 from worker.stores.database import Database
 from worker.stores.sessions import SqlSessions
 
@@ -21,6 +21,7 @@ FULL = Session(
     "s1", "secret-token", "ann", "v1", 1.25, attached=True, viewer=Viewer("https://whep/ü", {"credential": "c", "n": 1})
 )
 BARE = Session("s2", "t2")
+SLOTS = Slots()
 
 
 class OpenedSessions(SqlSessions):
@@ -73,16 +74,16 @@ class TestEveryStore:
         await store.put(held(), "w1", 200.0)
         assert await store.take("c1", "w2", 300.0) == held()
         assert await store.renew({"c1": held()}, "w1", 400.0) == {"c1"}
-        assert await store.adopt("w3", 299.0, 500.0) == []
-        assert await store.adopt("w3", 301.0, 500.0) == [held()]
+        assert await store.adopt("w3", 299.0, 500.0, SLOTS) == []
+        assert await store.adopt("w3", 301.0, 500.0, SLOTS) == [held()]
 
     async def test_renewing_extends_the_lease_and_notes_the_last_use(self, store: SessionStore) -> None:
         await store.put(held("c1"), "w1", 200.0)
         await store.put(held("c2", BARE), "w1", 200.0)
         used = {"c1": held("c1", last_used=180.0), "c2": held("c2", BARE)}
         assert await store.renew(used, "w1", 400.0) == set()
-        assert await store.adopt("w2", 399.0, 500.0) == []
-        assert {one.conversation_id: one.last_used for one in await store.adopt("w2", 401.0, 500.0)} == {
+        assert await store.adopt("w2", 399.0, 500.0, SLOTS) == []
+        assert {one.conversation_id: one.last_used for one in await store.adopt("w2", 401.0, 500.0, SLOTS)} == {
             "c1": 180.0,
             "c2": 100.0,
         }
@@ -104,9 +105,9 @@ class TestEveryStore:
     async def test_only_leases_that_have_run_out_are_adopted_and_once(self, store: SessionStore) -> None:
         await store.put(held("c1"), "w1", 200.0)
         await store.put(held("c2"), "w1", 300.0)
-        assert await store.adopt("w2", 200.0, 400.0) == []
-        assert await store.adopt("w2", 250.0, 400.0) == [held("c1")]
-        assert await store.adopt("w3", 250.0, 400.0) == []
+        assert await store.adopt("w2", 200.0, 400.0, SLOTS) == []
+        assert await store.adopt("w2", 250.0, 400.0, SLOTS) == [held("c1")]
+        assert await store.adopt("w3", 250.0, 400.0, SLOTS) == []
 
     async def test_removing_compares_owner_and_session(self, store: SessionStore) -> None:
         await store.put(held(), "w1", 200.0)
@@ -121,7 +122,7 @@ class TestEveryStore:
         await store.put(held("c1"), "w1", 200.0)
         await store.put(held("c2"), "w2", 200.0)
         await store.release("w1")
-        assert await store.adopt("w3", 100.0, 300.0) == [held("c1")]
+        assert await store.adopt("w3", 100.0, 300.0, SLOTS) == [held("c1")]
 
     async def test_ids_are_text_whatever_they_look_like(self, store: SessionStore) -> None:
         for name in ("007", "7", "1e3", "a'b;--", "c" * 128):
@@ -140,12 +141,12 @@ class TestEveryStore:
         async def life(n: int) -> bool:
             mine = held(f"c{n}", replace(BARE, session_id=f"s{n}"))
             await store.put(mine, "w1", 200.0)
-            await store.adopt("w2", 100.0, 300.0)
+            await store.adopt("w2", 100.0, 300.0, SLOTS)
             await store.renew({f"c{n}": mine}, "w1", 250.0)
             return await store.take(f"c{n}", "w1", 200.0) == mine and await store.remove(mine, "w1")
 
         assert all(await asyncio.gather(*(life(n) for n in range(40))))
-        assert await store.adopt("w3", 1000.0, 2000.0) == []
+        assert await store.adopt("w3", 1000.0, 2000.0, SLOTS) == []
 
     async def test_a_caller_that_is_cancelled_leaves_it_usable(self, store: SessionStore) -> None:
         tasks = [asyncio.create_task(store.put(held(f"c{n}"), "w1", 200.0)) for n in range(20)]
@@ -202,14 +203,16 @@ class TestSharedFile:
     async def test_two_adopt_each_session_once(self, workers: tuple[SessionStore, SessionStore]) -> None:
         for n in range(30):
             await workers[0].put(held(f"c{n}"), "dead", 100.0)
-        adopted = await asyncio.gather(*(store.adopt(f"w{n}", 200.0, 300.0) for n, store in enumerate(workers * 3)))
+        adopted = await asyncio.gather(
+            *(store.adopt(f"w{n}", 200.0, 300.0, SLOTS) for n, store in enumerate(workers * 3))
+        )
         assert sorted(one.conversation_id for some in adopted for one in some) == sorted(f"c{n}" for n in range(30))
 
     async def test_both_write_at_the_same_time(self, workers: tuple[SessionStore, SessionStore]) -> None:
         await asyncio.gather(
             *(store.put(held(f"c{n}-{i}"), f"w{i}", 100.0) for i, store in enumerate(workers) for n in range(50))
         )
-        assert len(await workers[0].adopt("w3", 200.0, 300.0)) == 100
+        assert len(await workers[0].adopt("w3", 200.0, 300.0, SLOTS)) == 100
 
     async def test_a_fleet_may_start_all_at_once(self, tmp_path: Path) -> None:
         for round_ in range(3):

@@ -54,9 +54,14 @@ class Lane:
         """How many commands have not ended."""
         return len(self._book)
 
-    def begin(self, session: Session | None) -> None:
-        """The session that the lane's owner has found, if there is one."""
-        self._sessions.session = session
+    @property
+    def session(self) -> Session | None:
+        """The session as the lane knows it."""
+        return self._sessions.session
+
+    def begin(self, session: Session | None, lost: Session | None = None) -> None:
+        """The session that the lane's owner has found, if there is one; or that it was lost."""
+        self._sessions.begin(session, lost)
 
     def offer(self, entry: Entry, now: float) -> tuple[Conclusion, ...]:
         """Queue a command; returns what ends by its mere coming. Interrupts act: see `take_interrupts`."""
@@ -135,12 +140,13 @@ class Lane:
                 self._speech.unsaid()
                 self._attempts.rest()
             case Say():
-                if result.kind is CallKind.GONE:
-                    self._sessions.lose()
+                again = result.kind is CallKind.GONE and self._sessions.lose()
+                if result.kind is CallKind.OK:
+                    self._sessions.proved()
                 # What was under way when an interrupt came may have been taken after it.
                 heard = result.kind in (CallKind.OK, CallKind.UNKNOWN)
                 self._interrupts.tell_again = heard and self._book.memory.is_silent(work.piece.turn_id)
-                self._speech.said(result, now, jitter)
+                self._speech.said(result, now, jitter, again=again)
             case Open():
                 self._sessions.opened(result, got if isinstance(got, Session) else None, now, jitter)
             case Attach():
@@ -174,7 +180,7 @@ class Lane:
             work = self._plan_head(head, now)
             if work is not None:
                 return work
-        return None
+        return self._sessions.plan_renewal(now)
 
     def _plan_head(self, head: Entry, now: float) -> Work | None:
         match head.command:
@@ -182,6 +188,8 @@ class Lane:
                 piece = self._speech.plan(now)
                 if piece is None or isinstance(piece, Wait):
                     return piece
+                if renewal := self._sessions.plan_renewal(now):
+                    return renewal
                 return Say(piece) if self._sessions.session else self._sessions.plan_for_speech(now)
             case Interrupt():
                 return Wait(now + INTERRUPT_S)  # It ends when the API has answered; its call is under way.

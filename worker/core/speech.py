@@ -62,6 +62,12 @@ class Speech:
             return attempt is not None and self._memory.is_silent(attempt.turn_id)
         return self._memory.is_silent(self.piece.turn_id) or self._expired(self.piece.parts[0].entry, now)
 
+    @property
+    def in_a_turn(self) -> bool:
+        """Whether the avatar is in the middle of a turn, or may have heard a piece whose answer was lost."""
+        begun = any(self._memory.turns[turn_id].pieces for turn_id in self._memory.open_turns())
+        return begun or self._memory.state.attempt is not None
+
     def drop(self) -> None:
         """No piece is under way any more."""
         self.piece, self.perhaps_said = None, False
@@ -109,8 +115,11 @@ class Speech:
         if not self.perhaps_said:
             self._settle_attempt()
 
-    def said(self, result: CallResult, now: float, jitter: float) -> None:
-        """Record the outcome of one call. A session that is gone is the caller's to lose, before this."""
+    def said(self, result: CallResult, now: float, jitter: float, *, again: bool = False) -> None:
+        """Record the outcome of one call. A session that is gone is the caller's to lose, before this.
+
+        `again`: then the piece is said on another. Nobody knows what of it was heard.
+        """
         piece = self.piece
         assert piece is not None
         if result.kind is CallKind.UNKNOWN:
@@ -126,6 +135,8 @@ class Speech:
                 self._attempts.again(now, jitter)
             case CallKind.UNKNOWN:
                 self.fail(SpeechFailure.UNKNOWN_OUTCOME, result, now)
+            case CallKind.GONE if again:
+                self.perhaps_said = True
             case CallKind.GONE:
                 self.fail(SpeechFailure.SESSION_LOST, result, now)
             case _:

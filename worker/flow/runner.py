@@ -22,7 +22,7 @@ from worker.core.lane import Lane
 from worker.core.memory import Memory
 from worker.core.model import CallKind, CallResult, Entry, Session
 from worker.core.verdict import Conclusion
-from worker.core.work import INTENT_S, Call, Rules, Say, Wait
+from worker.core.work import INTENT_S, Call, CallInterrupt, InitClient, Rules, Say, Wait
 from worker.errors import LinkLost
 from worker.flow.desk import Desk
 from worker.flow.settler import Settler
@@ -61,6 +61,7 @@ class Runner:
         self._clock = clock
         self._arrived: deque[Entry] = deque()
         self._tenure: Tenure | None = None
+        self._woken_by: Tenure | None = None
         self._epoch = 0
         self._memory = Memory()
         self._book = Book(conversation_id, self._memory)
@@ -84,11 +85,18 @@ class Runner:
         if tenure is not None:
             self.offer(replace(entry, delivery=ExpressDelivery(tenure)))
 
+    def wake(self, tenure: Tenure) -> None:
+        """Look whether there is something to do although no command has come, under that tenure."""
+        self._woken_by = tenure
+        self._wake.set()
+
     def forget(self, tenure: Tenure) -> None:
         """The tenure has ended: what it brought will be delivered again, to whoever owns the partition then."""
         self._arrived = deque(entry for entry in self._arrived if tenure_of(entry) is not tenure)
         if self._tenure is tenure:
             self._tenure = None
+        if self._woken_by is tenure:
+            self._woken_by = None
         self._wake.set()
 
     def stop(self) -> None:
@@ -135,7 +143,7 @@ class Runner:
                 if not self._arrived and not self._errands:
                     return
                 if self._tenure is not None and self.conversation_id not in self._desk.leases:
-                    self._lane.begin(await self._desk.recall(self.conversation_id))
+                    self._lane.begin(*await self._desk.recall(self.conversation_id))
             elif isinstance(step.work, Wait):
                 self._submit(step.conclusions)
                 await _before(self._wake, step.work.until - self._clock())
@@ -179,7 +187,11 @@ class Runner:
     async def _admit(self) -> None:
         """Hand what has arrived to the lane, once it is known whether it ended before."""
         if self._tenure is None:
-            self._set_up(Memory(), None)
+            self._set_up(Memory(), None, None)
+        if self._woken_by is not None:
+            tenure, self._woken_by = self._woken_by, None
+            if self._tenure is None:
+                await self._begin(tenure)
         while self._arrived:
             tenure = tenure_of(self._arrived[0])
             if tenure is not self._tenure:
@@ -211,16 +223,16 @@ class Runner:
         except LinkLost:
             self.forget(tenure)
             return
-        session = await self._desk.recall(self.conversation_id)
+        session, lost = await self._desk.recall(self.conversation_id)
         memory = await self._ledger.recall(self.conversation_id)
         memory.settle_in(tenure.partition)
-        self._set_up(memory, session)
+        self._set_up(memory, session, lost)
 
-    def _set_up(self, memory: Memory, session: Session | None) -> None:
+    def _set_up(self, memory: Memory, session: Session | None, lost: Session | None) -> None:
         self._memory = memory
         self._book = Book(self.conversation_id, memory)
         self._lane = Lane(self._book, self._rules)
-        self._lane.begin(session)
+        self._lane.begin(session, lost)
 
     async def _call(self, call: Call, ended: Sequence[Conclusion]) -> CallResult | None:
         """The intent is written, the call made, its outcome recorded: in this order, or not at all.
@@ -232,7 +244,7 @@ class Runner:
             return None
         changes = self._memory.take_changes()
         intent = asyncio.ensure_future(
-            self._ledger.intend(self.conversation_id, changes, tenure.partition, self._epoch)
+            self._ledger.intend(self.conversation_id, changes, tenure.partition, self._epoch, self._meant_for(call))
         )
         self._settler.submit(ended, intent)
         grant = await intent
@@ -259,6 +271,13 @@ class Runner:
         told = lane.done(call, result, self._clock(), begun=begun, got=got, jitter=jitter)
         self._submit(told, outcome=isinstance(call, Say))
         return result
+
+    def _meant_for(self, call: Call) -> str | None:
+        """The session that must be ready for the call."""
+        session = self._lane.session
+        return (
+            session.session_id if session is not None and isinstance(call, Say | InitClient | CallInterrupt) else None
+        )
 
     def _rebuild(self, untold: Sequence[Conclusion] = ()) -> None:
         """Put what the lane holds, and what ended there `untold`, back in front: another lane will begin with it."""
