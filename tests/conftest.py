@@ -1,18 +1,21 @@
-"""The broker that tests run on, empty before each of them.
+"""The broker that tests run on, empty before each of them; and the PostgreSQL.
 
 A test that asks for `amqp_url`, `broker` or `owned_broker` runs once per RabbitMQ of this machine (`brokers.kinds`), or
 on the first of them if it is marked `one_broker`. It
 cannot be skipped: where no broker is to be had, it fails.
 """
 
-from collections.abc import Iterator
+from collections.abc import AsyncIterator
+from contextlib import ExitStack
 
 import pytest
 
 from tests.support import brokers
+from tests.support.postgres import Postgres, find_postgres
 from worker.local.broker import Broker, OwnedBroker, own_broker
 
 _BROKERS = pytest.StashKey[brokers.Brokers]()
+_POSTGRES = pytest.StashKey[Postgres | Exception]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -45,6 +48,29 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     with capture.global_and_fixture_disabled():
         for kind in sorted({str(params["broker"]) for params in parameters if "broker" in params}):
             session.config.stash[_BROKERS].start(kind)
+        if any("postgres" in params.values() for params in parameters) or any(
+            "postgres" in getattr(item, "fixturenames", ()) for item in session.items
+        ):
+            session.config.stash[_POSTGRES] = _start_postgres(session.config)
+
+
+def _start_postgres(config: pytest.Config) -> Postgres | Exception:
+    found = find_postgres()
+    try:
+        postgres = found.__enter__()
+    except Exception as error:  # noqa: BLE001  whatever it is, it fails the tests that need it, not pytest
+        return error
+    config.add_cleanup(lambda: found.__exit__(None, None, None))
+    return postgres
+
+
+@pytest.fixture(scope="session")
+def postgres(request: pytest.FixtureRequest) -> Postgres:
+    """A running PostgreSQL; a test takes a schema of it."""
+    found = request.config.stash[_POSTGRES]
+    if isinstance(found, Exception):
+        raise found
+    return found
 
 
 @pytest.fixture(scope="session")
@@ -54,23 +80,21 @@ def broker(request: pytest.FixtureRequest) -> Broker:
 
 
 @pytest.fixture
-async def wipe(broker: Broker) -> None:
-    """Deletes the queues and exchanges of the contract, whatever a test before left of them."""
-    await brokers.wipe(broker.url)
-
-
-@pytest.fixture
-def amqp_url(broker: Broker, wipe: None) -> str:
+async def amqp_url(broker: Broker) -> AsyncIterator[str]:
     """The address of an empty RabbitMQ."""
-    return broker.url
+    async with brokers.empty(broker) as url:
+        yield url
 
 
 @pytest.fixture
-def owned_broker(broker: Broker, wipe: None) -> Iterator[OwnedBroker]:
+async def owned_broker(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[OwnedBroker]:
     """An empty RabbitMQ that a test may stop, kill and start; it runs again afterwards."""
-    if isinstance(broker, OwnedBroker):
-        yield broker
-        broker.start()
-    else:
-        with own_broker(brokers.ENV_VAR) as own:
-            yield own
+    with ExitStack() as stack:
+        owned = broker
+        if not isinstance(owned, OwnedBroker):
+            owned = stack.enter_context(own_broker(brokers.ENV_VAR, plugins=brokers.TEST_PLUGINS))
+        async with brokers.empty(owned) as url:
+            with monkeypatch.context() as patch:
+                patch.setattr(owned, "url", url)
+                yield owned
+                owned.start()

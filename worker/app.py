@@ -5,8 +5,8 @@
 
 import asyncio
 import signal
-from collections.abc import Callable, Coroutine
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, Self
 
 import structlog
@@ -20,6 +20,7 @@ from worker.amqp.watchdog import Watchdog
 from worker.avatar.client import Api, AvatarClient
 from worker.avatar.credentials import FixedKs, KsFile, KsSource, MintedKs
 from worker.avatar.ks_service import Account, AdminSecret, AppToken, KsService
+from worker.flow.backlog import Backlog
 from worker.flow.clock import SteadyClock
 from worker.flow.dead_letters import DeadLetters
 from worker.flow.desk import Desk
@@ -30,6 +31,7 @@ from worker.ops import logs
 from worker.ops.health import Health
 from worker.ports import Clock, Ledger, SessionStore, Slots
 from worker.settings import Settings
+from worker.stores.backlog import SqlBacklog
 from worker.stores.database import Database
 from worker.stores.ledger import SqlLedger
 from worker.stores.sessions import SqlSessions
@@ -52,17 +54,18 @@ async def run(settings: Settings) -> None:
     clock = SteadyClock()
     name = settings.worker_name
     async with AsyncExitStack() as stack:
-        ks = await credentials(settings, clock, stack)
+        ks = await stack.enter_async_context(credentials(settings, clock))
         database = await Database.open(settings.store_url)
         stack.push_async_callback(database.close)
         store, ledger = SqlSessions(database), SqlLedger(database, clock)
-        api = await stack.enter_async_context(AvatarClient(_api(settings), ks))
+        api = await stack.enter_async_context(AvatarClient(api_of(settings), ks))
         outbox = Outbox(source=settings.event_source, worker=name, event_retry_s=settings.event_retry_s, clock=clock)
         settler = Settler(outbox)
         slots = Slots(settings.avatar_max_sessions, settings.session_ghost_s)
         desk = Desk(api, store, name, clock, slots)
         stack.push_async_callback(_release, store, name)
-        lanes = Lanes(settings.rules, desk=desk, ledger=ledger, settler=settler, clock=clock)
+        backlog = Backlog(SqlBacklog(database), window=settings.prefetch)
+        lanes = Lanes(settings.rules, desk=desk, ledger=ledger, backlog=backlog, settler=settler, clock=clock)
         keeper = Keeper(
             desk,
             clock,
@@ -97,6 +100,7 @@ async def run(settings: Settings) -> None:
                 Link(url, name=f"{name} dead letters", heartbeat_s=settings.heartbeat_s).run(dead.session),
                 watchdog.run(),
                 keeper.run(),
+                lanes.run(outbox.knock),
                 _prune(ledger, clock, settings.ledger_keep_s),
             )
         )
@@ -142,20 +146,22 @@ async def _stop(
     inbox.gate()
 
 
-async def credentials(settings: Settings, clock: Clock, stack: AsyncExitStack) -> KsSource:
+@asynccontextmanager
+async def credentials(settings: Settings, clock: Clock) -> AsyncIterator[KsSource]:
     """Where the Kaltura Session comes from; what is stored goes before what is asked for.
 
     Raises:
         ConfigurationError: the file with it cannot be read.
     """
     if settings.avatar_ks_file is not None:
-        return KsFile(settings.avatar_ks_file)
-    if settings.avatar_ks is not None:
-        return FixedKs(settings.avatar_ks)
-    service = await stack.enter_async_context(KsService(_account(settings)))
-    ks = MintedKs(service.mint, clock)
-    await stack.enter_async_context(_Background(ks.run()))
-    return ks
+        yield KsFile(settings.avatar_ks_file)
+    elif settings.avatar_ks is not None:
+        yield FixedKs(settings.avatar_ks)
+    else:
+        async with KsService(_account(settings)) as service:
+            ks = MintedKs(service.mint, clock)
+            async with _Background(ks.run()):
+                yield ks
 
 
 def _account(settings: Settings) -> Account:
@@ -177,7 +183,8 @@ def _account(settings: Settings) -> Account:
     )
 
 
-def _api(settings: Settings) -> Api:
+def api_of(settings: Settings) -> Api:
+    """Where the Avatar API is, and its forms."""
     return Api(
         base_url=settings.avatar_base_url,
         create_path=settings.avatar_create_path,

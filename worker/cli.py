@@ -61,6 +61,10 @@ def _parser() -> argparse.ArgumentParser:
     repartition = changes.add_parser("repartition", help="change the number of partitions, while no worker runs")
     repartition.add_argument("partitions", type=_partitions, metavar="N", help=f"1 to {MAX_PARTITIONS}")
     repartition.set_defaults(command=_repartition)
+    doctor = commands.add_parser("doctor", help="check all a worker needs, and say what to do")
+    doctor.add_argument("--live", action="store_true", help="also open sessions with the Avatar API, and end them")
+    doctor.add_argument("--yes", action="store_true", help="do not ask before that")
+    doctor.set_defaults(command=_doctor)
     _add_parked(commands.add_parser("parked", help="commands that were given up"))
     explain = commands.add_parser(
         "explain", help="what is known of a conversation: session, turns, ends, what is parked"
@@ -111,6 +115,14 @@ def _repartition(options: argparse.Namespace) -> int:
     return int(_await(operate.repartition(_load(TopologySettings), options.partitions)))
 
 
+def _doctor(options: argparse.Namespace) -> int:
+    from worker import doctor  # noqa: PLC0415
+    from worker.ops import logs  # noqa: PLC0415
+
+    logs.configure("error", "auto")
+    return int(_await(doctor.run(live=options.live, unasked=options.yes)))
+
+
 def _parked_list(options: argparse.Namespace) -> int:
     from worker import parking  # noqa: PLC0415
     from worker.settings import BrokerSettings  # noqa: PLC0415
@@ -149,10 +161,9 @@ def _explain(options: argparse.Namespace) -> int:
 
 
 def _partitions(text: str) -> int:
-    number = int(text)
-    if not 1 <= number <= MAX_PARTITIONS:
-        raise ValueError(text)
-    return number
+    if not text.isdecimal() or not 1 <= int(text) <= MAX_PARTITIONS:
+        raise argparse.ArgumentTypeError(f"must be a number from 1 to {MAX_PARTITIONS}")
+    return int(text)
 
 
 def _load(kind: "type[_S]") -> "_S":

@@ -56,8 +56,9 @@ async def explain(settings: TopologySettings, conversation_id: str, *, as_json: 
 
 
 def _partition(settings: TopologySettings, dossier: Dossier) -> int | None:
-    """Of several partitions, only the broker knows which has the conversation: it cannot be computed."""
-    return 0 if settings.partitions == 1 and set(dossier.epochs) <= {0} else None
+    """Where its commands came from last. Before any has come only the broker knows which it is."""
+    known = dossier.memory.state.partition
+    return 0 if known is None and settings.partitions == 1 and set(dossier.epochs) <= {0} else known
 
 
 async def _ask_broker(settings: TopologySettings, conversation_id: str, partition: int | None) -> _OnBroker:
@@ -100,6 +101,7 @@ def _document(conversation_id: str, partition: int | None, dossier: Dossier, fou
         "attempt": attempt
         and {"turn_id": attempt.turn_id, "text_length": len(attempt.text), "begun": _time(attempt.begun)}
         | {"is_final": attempt.is_final, "count": attempt.count, "commands": [part.key for part in attempt.parts]},
+        "kept": dossier.kept,
         "ended": dossier.ended,
         "last_ends": [
             {"command": known_as, "event": ended.event.type, "at": _time(ended.at)}
@@ -148,6 +150,7 @@ def _facts(document: dict[str, Any]) -> list[tuple[str, str]]:
     partition, epoch, waiting = document["partition"], document["epoch"], document["waiting_in_partition"]
     where = "one of several; only the broker knows which" if partition is None else routes.partition_queue(partition)
     facts.append(("partition", where if epoch is None else f"{where}, epoch {epoch}"))
+    facts.append(("kept in the store, waiting", str(document["kept"])))
     if waiting is not None:
         facts.append(("ready there, of all conversations", str(waiting)))
     session = document["session"]

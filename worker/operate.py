@@ -6,30 +6,47 @@ from dataclasses import replace
 from rich.console import Console
 from rich.table import Table
 
-from worker.amqp import link, topology
+from worker.amqp import inspection, link, topology
 from worker.amqp import repartition as repartitioning
 from worker.amqp.topology import Record
+from worker.core.finding import Finding, State
+from worker.errors import TopologyError
+from worker.ops.logs import redacted
 from worker.settings import BrokerSettings, TopologySettings
+from worker.stores.backlog import SqlBacklog
 from worker.stores.database import Database
 from worker.stores.sessions import SqlSessions
 
 
 async def declare_topology(settings: TopologySettings) -> int:
-    """Declare what the contract names and print what stands there; returns the exit code."""
-    wanted = await _wanted(settings)
+    """Declare what the contract names, check it, and print what stands there; returns the exit code."""
+    wanted = await wanted_by(settings)
+    refused: TopologyError | None = None
     async with connected(settings) as connection:
-        await topology.declare(connection, wanted)
+        try:
+            await topology.declare(connection, wanted)
+        except TopologyError as error:
+            refused = error  # after what else there is to say
+    async with connected(settings) as connection:
+        wrong = [tell(finding) for finding in await inspection.inspect(connection, wanted)]
+        if refused is not None:
+            raise refused
         rows = await topology.survey(connection, wanted.partitions)
     table = Table("queue", "messages", "consumers")
     for row in rows:
         table.add_row(row.queue, str(row.messages), str(row.consumers))
     show(table)
-    return 0
+    return 1 if any(wrong) else 0
 
 
 async def repartition(settings: TopologySettings, partitions: int) -> int:
-    """Change the number of partitions and print what to do next; returns the exit code."""
-    wanted = replace(await _wanted(settings), partitions=partitions)
+    """Change the number of partitions and print what to do next; returns the exit code.
+
+    Raises:
+        TopologyError: a worker runs, or commands wait, in a queue or in the store.
+    """
+    wanted = replace(await wanted_by(settings), partitions=partitions)
+    await _demand_no_backlog(settings)
     async with connected(settings) as connection:
         done = await repartitioning.repartition(connection, wanted)
     before = f"{done.before} partitions before, now" if done.before else "now"
@@ -51,10 +68,34 @@ def connected(settings: BrokerSettings) -> link.Connected:
     return link.Connected(settings.amqp_url.get_secret_value(), heartbeat_s=settings.heartbeat_s)
 
 
-async def _wanted(settings: TopologySettings) -> Record:
-    """What these settings want the broker to be."""
+async def wanted_by(settings: TopologySettings) -> Record:
+    """What workers with these settings want the broker to be.
+
+    Raises:
+        ConfigurationError: the store cannot be used.
+    """
     database = await Database.open(settings.store_url)
     try:
         return Record(settings.partitions, await SqlSessions(database).identity(), settings.prefetch)
     finally:
         await database.close()
+
+
+async def _demand_no_backlog(settings: TopologySettings) -> None:
+    database = await Database.open(settings.store_url)
+    try:
+        waiting = await SqlBacklog(database).conversations()
+    finally:
+        await database.close()
+    if waiting:
+        raise TopologyError(
+            f"the store keeps commands of {len(waiting)} conversations that wait to be spoken: run workers until they "
+            "have been, stop the workers, and run this again"
+        )
+
+
+def tell(finding: Finding) -> bool:
+    """Print one line; returns whether something is wrong."""
+    sys.stdout.write(f"{finding.state:<10}{finding.item:<28} {redacted(finding.text)}\n")
+    sys.stdout.flush()
+    return finding.state is State.WRONG

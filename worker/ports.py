@@ -1,13 +1,13 @@
 """What the flow needs from the world, as Protocols. Each docstring is the contract that its adapters are tested by."""
 
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Protocol, runtime_checkable
 
 from schemas.events import EndReason, Event
 from worker.core.memory import Changes, Ended, Memory
-from worker.core.model import CallResult, Piece, ReplyTo, Session, Viewer
+from worker.core.model import CallResult, Entry, Misfit, Piece, ReplyTo, Session, Viewer
 from worker.core.verdict import Parked
 from worker.core.work import Open
 
@@ -26,6 +26,9 @@ class Tenure(Protocol):
     def refused(self) -> None:
         """The ledger knows a newer epoch: the partition belongs to another worker. Give it up and join again."""
 
+    def unpack(self, key: str, packed: str, remove: Callable[[], None]) -> Entry | Misfit:
+        """A command that `KeepableDelivery.pack` packed, as if delivered now; settling it calls `remove`."""
+
 
 @runtime_checkable
 class Delivery(Protocol):
@@ -37,6 +40,34 @@ class Delivery(Protocol):
 
     async def settle(self) -> bool:
         """Acknowledge, once. False: the channel it came through is gone, and the broker will deliver it again."""
+
+
+@runtime_checkable
+class KeepableDelivery(Delivery, Protocol):
+    """A delivery that the store can keep in the broker's stead."""
+
+    @property
+    def received(self) -> float:
+        """When the command came first, in epoch seconds."""
+
+    @property
+    def settled(self) -> bool:
+        """Whether nothing is left to do about it."""
+
+    def pack(self) -> str:
+        """All that is needed to have it again."""
+
+    async def move(self, remove: Callable[[], None]) -> None:
+        """The store has it, and the broker is told so; settling it calls `remove`, now if it was settled already."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A command that the store keeps. `key` is its row's, `entry_key` the name it goes by (`Entry.key`)."""
+
+    key: str
+    entry_key: str
+    packed: str
 
 
 class Clock(Protocol):
@@ -226,3 +257,22 @@ class Ledger(Protocol):
 
     async def prune(self, before: float) -> None:
         """Forget what was last touched before that time, in epoch seconds, a batch at a time."""
+
+
+class BacklogStore(Protocol):
+    """The durable inbox: commands that the store keeps in the broker's stead, shared by all workers.
+
+    Writes take effect in the order in which the methods were called, and wait out an outage of the store.
+    """
+
+    def keep(self, conversation_id: str, commands: Sequence[Kept], partition: int, epoch: int) -> Awaitable[Grant]:
+        """Keep commands behind those kept before, if the partition is still owned: all of them or none."""
+
+    def let_go(self, key: str) -> None:
+        """A command that was kept is settled."""
+
+    async def kept(self, conversation_id: str) -> list[Kept]:
+        """The commands that are kept of the conversation, in order."""
+
+    async def conversations(self) -> list[tuple[int, str]]:
+        """The conversations of which commands are kept, with the partition they came from."""

@@ -3,6 +3,7 @@
 import json
 import os
 import socket
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 from urllib.parse import urlsplit
@@ -11,6 +12,9 @@ from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_va
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from schemas.routes import MAX_PARTITIONS
+from worker.core.shaping.cut import Cutting
+from worker.core.shaping.markup import Clean
+from worker.core.shaping.shaper import Shaping
 from worker.core.work import Rules
 from worker.errors import ConfigurationError
 
@@ -49,17 +53,60 @@ class TopologySettings(BrokerSettings):
     partitions: Annotated[int, Field(ge=1, le=MAX_PARTITIONS)] = 1
     prefetch: Annotated[int, Field(ge=1, le=65535)] = 2000
     """Unacknowledged commands a partition may hold here; the same for the whole fleet."""
-    store_url: str = "sqlite:///avatar-worker.db"
+    store_url: Annotated[str, Field(repr=False)] = "sqlite:///avatar-worker.db"
 
     @field_validator("store_url")
     @classmethod
-    def _is_sqlite(cls, value: str) -> str:
+    def _is_known(cls, value: str) -> str:
+        if value.startswith(("postgresql://", "postgres://")):
+            return value
         if value != "sqlite://" and value.removeprefix("sqlite:///") in ("", value):
-            raise ValueError("must be sqlite:///FILE (or sqlite:// for memory); no other store is supported yet")
+            raise ValueError(
+                "must be sqlite:///FILE, sqlite:// for memory, or postgresql://USER:PASSWORD@HOST/DATABASE"
+            )
         return value
 
 
-class Settings(TopologySettings):
+class SpeechSettings(TopologySettings):
+    """How chunks become calls."""
+
+    speech_shaping: Literal["sentences", "off"] = "sentences"
+    speech_language: Annotated[str, Field(pattern=r"^[A-Za-z]{2,3}([-_][A-Za-z0-9]{1,8})*$")] = "en"
+    speech_stall_first_ms: Annotated[int, Field(ge=0)] = 500
+    speech_stall_ms: Annotated[int, Field(ge=0)] = 1000
+    speech_auto_final_s: Seconds = 30
+    speech_final_text: Annotated[str, Field(max_length=100)] = ""
+    speech_cap_chars: Annotated[int, Field(ge=100)] = 1000
+    speech_clean_emphasis: bool = True
+    speech_clean_headings: bool = True
+    speech_clean_lists: bool = True
+    speech_clean_links: bool = True
+    speech_clean_code: bool = True
+    speech_clean_urls: bool = True
+    speech_clean_emoji: bool = True
+    speech_clean_html: bool = True
+    speech_clean_controls: bool = True
+    speech_max_age_s: Seconds = 120
+
+    flow_pause_chars: Annotated[int, Field(ge=1)] = 1000
+    flow_resume_chars: Annotated[int, Field(ge=0)] = 200
+    flow_valid_s: Timeout = 10
+
+    @field_validator("flow_resume_chars")
+    @classmethod
+    def _is_below_pause(cls, value: int, info: ValidationInfo) -> int:
+        if value >= info.data.get("flow_pause_chars", value + 1):
+            raise ValueError("must be less than FLOW_PAUSE_CHARS")
+        return value
+
+    @property
+    def shaping(self) -> Shaping:
+        """What is kept from the voice, and where the rest is cut."""
+        clean = Clean(**{part.name: getattr(self, f"speech_clean_{part.name}") for part in fields(Clean)})
+        return Shaping(clean, Cutting(language=self.speech_language, cap=self.speech_cap_chars))
+
+
+class Settings(SpeechSettings):
     """Everything `worker run` needs."""
 
     event_source: Annotated[str, Field(min_length=1)] = "avatar-worker"
@@ -89,8 +136,6 @@ class Settings(TopologySettings):
     avatar_create_timeout_s: Timeout = 20
     interrupt_timeout_s: Timeout = 2
 
-    speech_shaping: Literal["sentences", "off"] = "sentences"
-    speech_max_age_s: Seconds = 120
     ambiguous_say: Literal["repeat", "skip"] = "repeat"
     ambiguous_wait_ms: Annotated[int, Field(ge=0)] = 2000
     ledger_keep_s: Timeout = 86400
@@ -148,6 +193,14 @@ class Settings(TopologySettings):
         """The settings the core knows."""
         return Rules(
             shaping=self.speech_shaping,
+            speech=self.shaping,
+            stall_first_s=self.speech_stall_first_ms / 1000,
+            stall_s=self.speech_stall_ms / 1000,
+            auto_final_s=self.speech_auto_final_s,
+            final_text=self.speech_final_text.strip(),
+            pause_chars=self.flow_pause_chars,
+            resume_chars=self.flow_resume_chars,
+            pause_valid_s=self.flow_valid_s,
             max_age_s=self.speech_max_age_s,
             ambiguous=self.ambiguous_say,
             ambiguous_wait_s=self.ambiguous_wait_ms / 1000,

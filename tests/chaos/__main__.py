@@ -12,7 +12,7 @@ import uvloop
 from tests.chaos import run as runs
 from tests.chaos.faults import FULL, SHORT
 from tests.chaos.judge import Verdict
-from tests.support.brokers import FOUR, LOCAL, rabbitmq4
+from tests.support.brokers import FOUR, LOCAL, TEST_PLUGINS, rabbitmq4
 from worker.local.broker import Broker, own_broker
 from worker.local.broker.base import handshake
 
@@ -42,7 +42,7 @@ def main() -> int:
 
 def _broker(name: str) -> AbstractContextManager[Broker]:
     if name == LOCAL:
-        return own_broker()
+        return own_broker(plugins=TEST_PLUGINS)
     if name == FOUR:
         return rabbitmq4()
     return _Named(name)

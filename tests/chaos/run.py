@@ -46,6 +46,7 @@ class _Stage:
     """Who plays."""
 
     broker: Broker
+    url: str
     http: aiohttp.ClientSession
     simulator: Simulator
     workers: list[Worker]
@@ -54,11 +55,11 @@ class _Stage:
 
 
 async def run(broker: Broker, options: Options, demand: Demand, tell: Callable[[str], None]) -> Verdict:
-    """Wipes the broker first."""
-    await brokers.wipe(broker.url, also=[Listener.QUEUE])
+    """Plays on an empty virtual host, or wipes a broker that was named."""
     async with AsyncExitStack() as stack:
+        url = await stack.enter_async_context(brokers.empty(broker, also=[Listener.QUEUE]))
         folder = options.keep or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="avatar-chaos-")))
-        stage = await stack.enter_async_context(_stage(broker, options, folder))
+        stage = await stack.enter_async_context(_stage(broker, url, options, folder))
         begun = time.monotonic()
 
         def note(what: str) -> None:
@@ -68,7 +69,7 @@ async def run(broker: Broker, options: Options, demand: Demand, tell: Callable[[
 
 
 @asynccontextmanager
-async def _stage(broker: Broker, options: Options, folder: Path) -> AsyncIterator[_Stage]:
+async def _stage(broker: Broker, url: str, options: Options, folder: Path) -> AsyncIterator[_Stage]:
     """Simulator, listener and workers, all at work."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -91,18 +92,18 @@ async def _stage(broker: Broker, options: Options, folder: Path) -> AsyncIterato
         }
         workers = []
         for number in range(WORKERS):
-            proxy = await stack.enter_async_context(Proxy(urlsplit(broker.url).port or 5672).running())
-            worker = Worker(f"w{number}", folder, proxy, broker.url, settings)
+            proxy = await stack.enter_async_context(Proxy(urlsplit(url).port or 5672).running())
+            worker = Worker(f"w{number}", folder, proxy, url, settings)
             await stack.enter_async_context(running(worker))
             workers.append(worker)
         for worker in workers:
             if not await worker.ready(http):
                 raise worker.fail("was not ready in time")
-        yield _Stage(broker, http, simulator, workers, Listener(broker.url), ledger)
+        yield _Stage(broker, url, http, simulator, workers, Listener(url), ledger)
 
 
 async def _play(stage: _Stage, options: Options, demand: Demand, note: Callable[[str], None]) -> Verdict:
-    producers = Producers(stage.broker.url, options.seed, conversations=options.conversations, rate=options.rate)
+    producers = Producers(stage.url, options.seed, conversations=options.conversations, rate=options.rate)
     saboteur = Saboteur(
         options.seed,
         stage.workers,
@@ -154,8 +155,8 @@ async def _evidence(
         ended=listener.ended,
         transcript=transcript,
         happened=saboteur.happened,
-        parked=await _parked(stage.broker.url),
-        left=await _left(stage.broker.url),
+        parked=await _parked(stage.url),
+        left=await _left(stage.url),
         hits=await saboteur.hits(),
         seconds=seconds,
     )

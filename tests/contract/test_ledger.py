@@ -96,16 +96,15 @@ async def clock() -> FakeClock:
     return FakeClock(1000.0)
 
 
-@pytest.fixture(params=["memory", "file"])
-async def open_(request: pytest.FixtureRequest, tmp_path: Path, clock: FakeClock) -> AsyncIterator[Open]:
+@pytest.fixture
+async def open_(store_url: str, clock: FakeClock) -> AsyncIterator[Open]:
     async with AsyncExitStack() as stack:
         shared: list[Database] = []
 
         async def database() -> Database:
-            if request.param == "memory" and shared:
+            if store_url == "sqlite://" and shared:
                 return shared[0]
-            url = "sqlite://" if request.param == "memory" else f"sqlite:///{tmp_path}/ledger.db"
-            one = await Database.open(url)
+            one = await Database.open(store_url)
             stack.push_async_callback(one.close)
             shared.append(one)
             return one
@@ -415,8 +414,8 @@ class TestGroupCommit:
 
 class TestOutage:
     async def test_writes_wait_it_out_in_order(self, open_: Open, monkeypatch: pytest.MonkeyPatch) -> None:
-        ledger = await open_()
         monkeypatch.setattr("worker.stores.database.PAUSE_S", 0.001)
+        ledger = await open_()
         backend = ledger._database._backend
         write, failures = backend.write, iter(range(5))
 

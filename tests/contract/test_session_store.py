@@ -1,4 +1,4 @@
-"""`ports.SessionStore`: what every store must do. Two handles on one file are two workers of one host."""
+"""`ports.SessionStore`: what every store must do. Two handles on one store are two workers."""
 
 import asyncio
 import sqlite3
@@ -39,17 +39,17 @@ def held(conversation_id: str = "c1", session: Session = FULL, last_used: float 
     return Held(conversation_id, session, last_used)
 
 
-@pytest.fixture(params=["memory", "file"])
-async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[SessionStore]:
-    one = await OpenedSessions.open("sqlite://" if request.param == "memory" else f"sqlite:///{tmp_path}/store.db")
+@pytest.fixture
+async def store(store_url: str) -> AsyncIterator[SessionStore]:
+    one = await OpenedSessions.open(store_url)
     yield one
     await one.close()
 
 
 @pytest.fixture
-async def workers(tmp_path: Path) -> AsyncIterator[tuple[SessionStore, SessionStore]]:
-    """Two stores on one file."""
-    one, two = await asyncio.gather(*(OpenedSessions.open(f"sqlite:///{tmp_path}/store.db") for _ in range(2)))
+async def workers(shared_url: str) -> AsyncIterator[tuple[SessionStore, SessionStore]]:
+    """Two handles on one store."""
+    one, two = await asyncio.gather(*(OpenedSessions.open(shared_url) for _ in range(2)))
     yield one, two
     await one.close()
     await two.close()
@@ -193,7 +193,7 @@ class TestEveryStore:
         assert await store.identity() == await store.identity() != ""
 
 
-class TestSharedFile:
+class TestShared:
     async def test_what_one_worker_puts_another_takes(self, workers: tuple[SessionStore, SessionStore]) -> None:
         one, two = workers
         await one.put(held(), "w1", 200.0)
@@ -214,13 +214,11 @@ class TestSharedFile:
         )
         assert len(await workers[0].adopt("w3", 200.0, 300.0, SLOTS)) == 100
 
-    async def test_a_fleet_may_start_all_at_once(self, tmp_path: Path) -> None:
-        for round_ in range(3):
-            url = f"sqlite:///{tmp_path}/{round_}.db"
-            stores = await asyncio.gather(*(OpenedSessions.open(url) for _ in range(16)))
-            assert len({await store.identity() for store in stores}) == 1
-            for store in stores:
-                await store.close()
+    async def test_a_fleet_may_start_all_at_once(self, shared_url: str) -> None:
+        stores = await asyncio.gather(*(OpenedSessions.open(shared_url) for _ in range(16)))
+        assert len({await store.identity() for store in stores}) == 1
+        for store in stores:
+            await store.close()
 
     async def test_they_share_an_identity(self, workers: tuple[SessionStore, SessionStore]) -> None:
         one, two = workers

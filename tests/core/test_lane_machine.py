@@ -83,9 +83,16 @@ class LaneMachine(RuleBasedStateMachine):
         ambiguous=st.sampled_from(["repeat", "skip"]),
         avatar=st.sampled_from(["ann", None]),
         session=st.booleans(),
+        holds=st.booleans(),
+        final_text=st.sampled_from(["", "Bye."]),
     )
-    def begin(self, shaping: Any, ambiguous: Any, avatar: str | None, session: bool) -> None:
+    def begin(
+        self, *, shaping: Any, ambiguous: Any, avatar: str | None, session: bool, holds: bool, final_text: str
+    ) -> None:
         rules = replace(RULES, shaping=shaping, ambiguous=ambiguous, default_avatar=avatar, max_age_s=30)
+        rules = replace(rules, final_text=final_text)
+        if holds:
+            rules = replace(rules, stall_first_s=0.5, stall_s=1.0, auto_final_s=10)
         self.talk = Conversation(rules, SESSION if session else None)
 
     # What producers do.
@@ -116,8 +123,24 @@ class LaneMachine(RuleBasedStateMachine):
     @rule(target=published, turn=_TURNS, final=st.booleans(), pad=st.sampled_from([0, 0, 0, 600, 1500]))
     def speak(self, turn: str, final: bool, pad: int) -> Published:
         self.numbers += 1
-        text = f"<{self.numbers}>" + "~" * pad
+        text = f"<{self.numbers}>" + "y" * pad
         return self.publish(f"m{self.numbers}", {"turnId": turn, "text": text, "isFinal": final})
+
+    @rule(
+        target=published,
+        turn=_TURNS,
+        marked=st.sampled_from(["**<{}>. And", "<{}>** [so](", "<{}>) `this ", "{} ```\n"]),
+    )
+    def speak_marked(self, turn: str, marked: str) -> Published:
+        self.numbers += 1
+        body = {"turnId": turn, "text": marked.format(self.numbers), "isFinal": False}
+        return self.publish(f"m{self.numbers}", body)
+
+    @rule(target=published, turn=_TURNS, seq=st.integers(0, 3), final=st.booleans(), named=st.booleans())
+    def speak_numbered(self, turn: str, seq: int, final: bool, named: bool) -> Published:
+        self.numbers += 1
+        body = {"turnId": turn, "text": f"<{self.numbers}>" if named else "no id", "isFinal": final, "seq": seq}
+        return self.publish(f"m{self.numbers}" if named else None, body)
 
     @rule(target=published, turn=_TURNS, text=st.sampled_from(["", " ", "\n\n"]))
     def speak_blank(self, turn: str, text: str) -> Published:
@@ -285,9 +308,9 @@ class LaneMachine(RuleBasedStateMachine):
         got = self.talk.brings(call) if result.kind is CallKind.OK else None
         told = lane.done(call, result, self.talk.now, begun=zombie.begun, got=got)
         changes = memory.take_changes()
-        self.zombie_until = zombie.begun + 2.0 if result is UNKNOWN else 0.0
         if changes is None or self.talk.written.write(changes, outcome=isinstance(call, Say)):
             self.talk.conclusions += told
+            self.zombie_until = zombie.begun + 2.0 if result is UNKNOWN else 0.0
 
     # What holds at any time.
 
@@ -360,6 +383,9 @@ class LaneMachine(RuleBasedStateMachine):
         assert ended >= set(self.unacked)
         state = self.talk.written.recall().state
         assert (state.attempt, state.spoken, state.silenced, state.fences) == (None, {}, {}, {})
+        still_open = set(self.talk.written.recall().open_turns())
+        assert set(state.shapes) <= still_open
+        assert not (still_open and self.talk.rules.auto_final_s)
         assert state.busy_until <= max(self.busy_until, self.zombie_until, 0.0)
         told = {message_id for event in self.talk.events for message_id in wire(event).get("commandIds", ())}
         assert told >= {message.message_id for message in self.unacked if message.message_id is not None}

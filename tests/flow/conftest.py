@@ -17,11 +17,13 @@ from worker.core.memory import Changes, Ended, Memory
 from worker.core.model import CallResult, Entry, ReplyTo, Session, Viewer
 from worker.core.work import Call, Rules
 from worker.flow import runner
+from worker.flow.backlog import Backlog
 from worker.flow.desk import Desk
 from worker.flow.keeper import Keeper
 from worker.flow.lanes import Lanes
 from worker.flow.settler import Settler
 from worker.ports import Grant, Slots
+from worker.stores.backlog import SqlBacklog
 from worker.stores.database import Database
 from worker.stores.ledger import SqlLedger
 from worker.stores.sessions import SqlSessions
@@ -116,7 +118,14 @@ class Flow:
         self.store = HeldStore(self.database)
         self.desk = Desk(self.api, self.store, self.owner, self.clock, self.slots)
         self.ledger = HeldLedger(self.database, self.clock)
-        self.lanes = Lanes(self.rules, desk=self.desk, ledger=self.ledger, settler=self.settler, clock=self.clock)
+        self.lanes = Lanes(
+            self.rules,
+            desk=self.desk,
+            ledger=self.ledger,
+            backlog=Backlog(SqlBacklog(self.database), window=100),
+            settler=self.settler,
+            clock=self.clock,
+        )
         self.keeper = Keeper(
             self.desk,
             self.clock,

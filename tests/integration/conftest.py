@@ -17,11 +17,13 @@ from worker.amqp.outbox import Outbox
 from worker.amqp.topology import Record
 from worker.core.model import CallKind, CallResult, Piece, Session, Viewer
 from worker.core.work import Open, Rules
+from worker.flow.backlog import Backlog
 from worker.flow.clock import SteadyClock
 from worker.flow.dead_letters import DeadLetters
 from worker.flow.desk import Desk
 from worker.flow.lanes import Lanes
 from worker.flow.settler import Settler
+from worker.stores.backlog import SqlBacklog
 from worker.stores.database import Database
 from worker.stores.ledger import SqlLedger
 from worker.stores.sessions import SqlSessions
@@ -39,10 +41,14 @@ def agreed(partitions: int, store_id: str = STORE, prefetch: int = 200) -> Recor
 
 @dataclass
 class Avatar:
-    """`ports.AvatarApi` that remembers what it takes: all but text it `refuses`. While `gate` is shut, a say hangs."""
+    """`ports.AvatarApi` that remembers what it takes: all but text it `refuses`.
+
+    While `gate` is shut, a say hangs: all of them, or those of the turns in `hanging`.
+    """
 
     said: list[Piece] = field(default_factory=list)
     refuses: set[str] = field(default_factory=set)
+    hanging: set[str] = field(default_factory=set)
     gate: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
@@ -53,7 +59,8 @@ class Avatar:
 
     async def say(self, _: Session, piece: Piece) -> CallResult:
         self.said.append(piece)
-        await self.gate.wait()
+        if not self.hanging or piece.turn_id in self.hanging:
+            await self.gate.wait()
         return REFUSED if any(text in piece.text for text in self.refuses) else OK
 
     async def interrupt(self, _: Session) -> CallResult:
@@ -89,6 +96,8 @@ class Station:
     outbox: Outbox
     avatar: Avatar
     lanes: Lanes
+    ledger: SqlLedger
+    kept: SqlBacklog
     settler: Settler
     consuming: Life
     publishing: Life
@@ -150,6 +159,7 @@ def start(amqp_url: str) -> Start:
         event_retry_s: float = 30.0,
         store_url: str = "sqlite://",
         dead: bool = False,
+        prefetch: int = 200,
     ) -> AsyncIterator[Station]:
         clock, avatar = SteadyClock(), Avatar()
         database = await Database.open(store_url)
@@ -157,8 +167,18 @@ def start(amqp_url: str) -> Start:
         outbox = Outbox(source="test", worker=name, event_retry_s=event_retry_s, clock=clock)
         settler = Settler(outbox)
         desk = Desk(avatar, store, name, clock)
-        lanes = Lanes(Rules(default_avatar="a"), desk=desk, ledger=ledger, settler=settler, clock=clock)
-        inbox = Inbox(lanes, ledger.raise_epoch, wanted=agreed(partitions), worker=name, clock=clock)
+        wanted = agreed(partitions, prefetch=prefetch)
+        kept = SqlBacklog(database)
+        lanes = Lanes(
+            Rules(default_avatar="a"),
+            desk=desk,
+            ledger=ledger,
+            backlog=Backlog(kept, window=prefetch),
+            settler=settler,
+            clock=clock,
+        )
+        inbox = Inbox(lanes, ledger.raise_epoch, wanted=wanted, worker=name, clock=clock)
+        lanes.tenure_of = inbox.tenure_of
         consuming, publishing = Life(inbox.session), Life(outbox.session)
         links: list[tuple[str, Session_]] = [(url, consuming), (publish_url or url, publishing)]
         if dead:
@@ -166,9 +186,12 @@ def start(amqp_url: str) -> Start:
             links.append((url, DeadQueue(letters.take, clock).session))
         tasks = tuple(
             asyncio.create_task(work)
-            for work in (Link(where, name=name, heartbeat_s=10).run(life) for where, life in links)
+            for work in (
+                *(Link(where, name=name, heartbeat_s=10).run(life) for where, life in links),
+                lanes.run(outbox.knock),
+            )
         )
-        station = Station(inbox, outbox, avatar, lanes, settler, consuming, publishing, tasks)
+        station = Station(inbox, outbox, avatar, lanes, ledger, kept, settler, consuming, publishing, tasks)
         try:
             await station.ready()
             yield station

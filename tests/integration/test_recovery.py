@@ -9,7 +9,8 @@ from schemas.routes import partition_queue
 from tests.integration.conftest import Start, agreed
 from tests.support.bus import Bus, connected
 from tests.support.proxy import proxied
-from worker.amqp.inbox import AmqpDelivery, Inbox
+from worker.amqp.delivery import AmqpDelivery
+from worker.amqp.inbox import Inbox
 from worker.core.model import Entry, Misfit
 from worker.flow.clock import SteadyClock
 from worker.local.broker import OwnedBroker
@@ -115,6 +116,7 @@ async def test_a_delivery_that_is_no_longer_ours_is_stale(bus: Bus, amqp_url: st
         if loss == "gate":
             inbox.gate()
         elif loss == "channel":
+            assert delivery._channel is not None
             await delivery._channel.close()
         else:
             await other.connection.close()

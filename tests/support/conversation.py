@@ -29,7 +29,8 @@ DENIED = CallResult(CallKind.DENIED, 401)
 GONE = CallResult(CallKind.GONE, 410)
 STALE = CallResult(CallKind.STALE)
 SESSION = Session("s1", "secret-token", "ann", "v1")
-RULES = Rules(default_avatar="ann", default_voice="v1")
+# Nothing is held back: what there is leaves as soon as it may, whole turns and words or not.
+RULES = Rules(default_avatar="ann", default_voice="v1", stall_first_s=0, stall_s=0, auto_final_s=0)
 
 _numbers = count(1)
 

@@ -7,7 +7,7 @@ from itertools import count
 from typing import Any
 
 from schemas.events import Event
-from worker.core.model import CallKind, CallResult, Piece, ReplyTo, Session, Viewer
+from worker.core.model import CallKind, CallResult, Entry, Misfit, Piece, ReplyTo, Session, Viewer
 from worker.core.verdict import Parked
 from worker.core.work import Open
 from worker.errors import LinkLost
@@ -171,6 +171,9 @@ class FakeTenure:
 
     def refused(self) -> None:
         self.refusals += 1
+
+    def unpack(self, key: str, packed: str, remove: Callable[[], None]) -> Entry | Misfit:
+        raise NotImplementedError(f"{key}: a fake delivery cannot be kept")
 
 
 @dataclass(eq=False)

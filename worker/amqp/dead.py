@@ -12,7 +12,8 @@ from aiormq.abc import DeliveredMessage
 
 from schemas import routes
 from worker.amqp import mutex, topology
-from worker.amqp.inbox import AmqpDelivery, ChannelTenure, understand
+from worker.amqp.delivery import AmqpDelivery
+from worker.amqp.inbox import ChannelTenure, understand
 from worker.amqp.lenient import printable
 from worker.core.model import Entry, Misfit
 from worker.errors import LinkLost

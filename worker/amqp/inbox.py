@@ -15,13 +15,12 @@ from typing import Protocol
 import structlog
 from aio_pika import abc
 from aio_pika.abc import AbstractConnection
-from aiormq.abc import AbstractChannel, DeliveredMessage
-from aiormq.exceptions import ChannelInvalidStateError, ConnectionClosed
-from pamqp import commands as spec
+from aiormq.abc import DeliveredMessage
 
 from schemas import routes
 from schemas.commands import FieldError, Interrupt, Malformed, RejectReason, parse
 from worker.amqp import topology
+from worker.amqp.delivery import AmqpDelivery
 from worker.amqp.lenient import printable, readable
 from worker.amqp.link import LOSSES, named_losses
 from worker.amqp.topology import Record
@@ -45,6 +44,8 @@ REPLAY = "avatar-replay"
 REPLAY_RUN = "avatar-replay-run"
 """Header: the same for all that was sent again together."""
 
+
+KNOCK = "avatar.knock"
 
 RaiseEpoch = Callable[[int], Awaitable[int]]
 
@@ -113,6 +114,12 @@ class ChannelTenure:
         """Another worker owns the partition: give it up."""
         self.given_up.set()
 
+    def unpack(self, key: str, packed: str, remove: Callable[[], None]) -> Entry | Misfit:
+        """See `ports.Tenure`."""
+        received = understand(AmqpDelivery.unpack(packed, self, remove))
+        # Without an id of its own it was given one when it came first, and its attempt is known by that.
+        return replace(received, key=key) if received.message_id is None else received
+
     def end(self) -> None:
         """Nothing is acknowledged, or begun, under this tenure any more."""
         self.open = False
@@ -120,31 +127,6 @@ class ChannelTenure:
     async def close(self) -> None:
         """Close the channel: what it holds goes back to the head of the queue, in order."""
         await self._channel.close()
-
-
-class AmqpDelivery:
-    """`ports.Delivery` of a RabbitMQ message; `message` is what is parked if it comes to that."""
-
-    def __init__(
-        self, tenure: ChannelTenure, channel: AbstractChannel, message: DeliveredMessage, received: float
-    ) -> None:
-        assert isinstance(message.delivery, spec.Basic.Deliver)
-        self.tenure = tenure
-        self.message = message
-        self.delivered = message.delivery
-        self.received = received
-        self._channel = channel
-
-    async def settle(self) -> bool:
-        """Acknowledge. False: stale."""
-        tag = self.delivered.delivery_tag
-        if not self.tenure.open or tag is None:
-            return False
-        try:
-            await self._channel.basic_ack(tag, wait=False)
-        except (ChannelInvalidStateError, ConnectionClosed):
-            return False
-        return True
 
 
 class Inbox:
@@ -229,9 +211,14 @@ class Inbox:
         channel.on_consumer_cancel_callbacks.add(lambda _: lose_channel("consumer cancelled by the broker"))
 
         async def receive(message: DeliveredMessage) -> None:
-            if tenure.open:
-                tenure.active = True
-                self._receive(AmqpDelivery(tenure, channel, message, self._clock()))
+            if not tenure.open:
+                return
+            tenure.active = True
+            delivery = AmqpDelivery(tenure, channel, message, self._clock())
+            if is_knock(delivery):
+                await delivery.settle()
+            else:
+                self._receive(delivery)
 
         await channel.basic_consume(queue, receive, arguments={"x-priority": score(self._worker, partition)})
 
@@ -263,6 +250,12 @@ class Inbox:
             self._receiver.offer(received)
         else:
             self._receiver.reject(received)
+
+
+def is_knock(delivery: AmqpDelivery) -> bool:
+    """Whether the message only tells the owner of the partition that it is its owner, see `Outbox.knock`."""
+    # Through our exchanges anybody can send anything.
+    return delivery.message.header.properties.message_type == KNOCK and not delivery.delivered.exchange
 
 
 def understand(delivery: AmqpDelivery) -> Entry | Misfit:

@@ -20,7 +20,8 @@ from aio_pika.exceptions import DeliveryError, PublishError
 from schemas import routes
 from schemas.events import CONTENT_TYPE, Event, encode
 from worker.amqp import topology
-from worker.amqp.inbox import AmqpDelivery
+from worker.amqp.delivery import AmqpDelivery
+from worker.amqp.inbox import KNOCK
 from worker.amqp.link import LOSSES, named_losses
 from worker.amqp.parked import parked_copy
 from worker.core.model import ReplyTo
@@ -142,6 +143,15 @@ class Outbox:
             await _publish(channel.default_exchange, message, reply_to.queue, mandatory=False)
         except LOSSES as error:
             _log.warning(logs.ANSWER_FAILED, error=type(error).__name__)
+
+    async def knock(self, partition: int) -> None:
+        """Send a message that is no command to the partition, for its owner to learn that it is its owner."""
+        if not self.ready.is_set():
+            return
+        message = Message(b"", type=KNOCK, message_id=uuid.uuid4().hex)
+        channel = await self._channel(parking=False)
+        with contextlib.suppress(*LOSSES):
+            await _publish(channel.default_exchange, message, routes.partition_queue(partition), mandatory=False)
 
     async def _channel(self, *, parking: bool) -> AbstractChannel:
         await self.ready.wait()

@@ -19,7 +19,7 @@ from aio_pika.abc import HeadersType
 from pamqp import encode
 
 from schemas import routes
-from worker.amqp.inbox import AmqpDelivery
+from worker.amqp.delivery import AmqpDelivery
 from worker.amqp.lenient import readable
 from worker.core.verdict import Parked
 from worker.ops.logs import redacted

@@ -45,9 +45,9 @@ _RECORD_TRIES = 30
 _DELIVERY_LIMIT = 1_000_000
 """A clean close of a channel adds a delivery to everything it held: a small limit dead-letters healthy commands."""
 
-_KEPT: FieldTable = {"x-queue-type": "quorum", "x-delivery-limit": _DELIVERY_LIMIT}
+KEPT: FieldTable = {"x-queue-type": "quorum", "x-delivery-limit": _DELIVERY_LIMIT}
 _PARTITION: FieldTable = {
-    **_KEPT,
+    **KEPT,
     "x-single-active-consumer": True,
     "x-dead-letter-exchange": routes.DEAD,
     "x-dead-letter-strategy": "at-least-once",
@@ -78,7 +78,7 @@ async def declare(connection: AbstractConnection, wanted: Record) -> None:
     """
     demand_version(connection)
     async with locked(connection) as channel:
-        _compare(await _agree(connection, wanted), wanted)
+        compare(await _agree(connection, wanted), wanted)
         with refusals():
             await build(channel, wanted.partitions)
 
@@ -129,31 +129,48 @@ async def survey(connection: AbstractConnection, partitions: int) -> list[Row]:
 async def declare_outgoing(channel: AbstractChannel) -> None:
     """What events and parked copies are published to."""
     await channel.declare_exchange(routes.EVENTS, "topic", durable=True)
-    await channel.declare_queue(routes.PARKED, durable=True, arguments=_KEPT)
+    await channel.declare_queue(routes.PARKED, durable=True, arguments=KEPT)
+
+
+def exchanges(partitions: int) -> dict[str, tuple[str, FieldTable]]:
+    """Type and arguments of each exchange."""
+    several: dict[str, tuple[str, FieldTable]] = {HASH: (HASH_TYPE, {})} if partitions > 1 else {}
+    return {
+        routes.EVENTS: ("topic", {}),
+        routes.DEAD: ("fanout", {}),
+        routes.COMMANDS: ("topic", {"alternate-exchange": routes.DEAD}),
+        routes.INTERRUPTS: ("fanout", {}),
+        **several,
+    }
+
+
+def queues(partitions: int) -> dict[str, FieldTable]:
+    """The arguments of each queue."""
+    return {
+        routes.PARKED: KEPT,
+        routes.DEAD: KEPT,
+        **{routes.partition_queue(partition): _PARTITION for partition in range(partitions)},
+    }
 
 
 async def build(channel: AbstractChannel, partitions: int) -> None:
     """Declare and bind what is not there."""
-    await declare_outgoing(channel)
-    dead_exchange = await channel.declare_exchange(routes.DEAD, "fanout", durable=True)
-    dead_queue = await channel.declare_queue(routes.DEAD, durable=True, arguments=_KEPT)
-    await dead_queue.bind(dead_exchange)
-    commands = await channel.declare_exchange(
-        routes.COMMANDS, "topic", durable=True, arguments={"alternate-exchange": routes.DEAD}
-    )
-    source = commands
-    if partitions > 1:
-        source = await channel.declare_exchange(HASH, HASH_TYPE, durable=True)
-    # In ascending order: the hash exchange numbers its queues as they were bound.
-    for partition in range(partitions):
-        name = routes.partition_queue(partition)
-        queue = await channel.declare_queue(name, durable=True, arguments=_PARTITION)
-        await queue.bind(source, routing_key="#" if source is commands else f"{partition:02d}")
-    # Last, so that nothing is hashed over half of the queues.
-    if source is not commands:
-        await source.bind(commands, routing_key="#")
-    interrupts = await channel.declare_exchange(routes.INTERRUPTS, "fanout", durable=True)
-    await commands.bind(interrupts)
+    for name, (kind, arguments) in exchanges(partitions).items():
+        await channel.declare_exchange(name, kind, durable=True, arguments=arguments)
+    for name, arguments in queues(partitions).items():
+        await channel.declare_queue(name, durable=True, arguments=arguments)
+    underlay = await channel.get_underlay_channel()
+    bind, bind_exchange = underlay.queue_bind, underlay.exchange_bind
+    await bind(routes.DEAD, routes.DEAD, routes.DEAD)
+    if partitions == 1:
+        await bind(routes.partition_queue(0), routes.COMMANDS, "#")
+    else:
+        # In ascending order: the hash exchange numbers its queues as they were bound.
+        for partition in range(partitions):
+            await bind(routes.partition_queue(partition), HASH, f"{partition:02d}")
+        # Last, so that nothing is hashed over half of the queues.
+        await bind_exchange(HASH, routes.COMMANDS, "#")
+    await bind_exchange(routes.COMMANDS, routes.INTERRUPTS)
 
 
 async def _lock(channel: AbstractChannel) -> None:
@@ -176,9 +193,7 @@ async def _agree(connection: AbstractConnection, wanted: Record) -> Record:
         found = await records(channel, patient=bool(there))
         record = replace(wanted, partitions=there or wanted.partitions)
         if there and found:
-            written = read(found[-1], wanted)
-            # A store in memory went with its worker: whoever comes next knows as much as it did.
-            record = replace(written, store_id=record.store_id) if written.store_id == IN_MEMORY else written
+            record = read(found[-1], wanted)
         await write(channel, record, found)
         return record
 
@@ -188,7 +203,7 @@ async def records(channel: AbstractChannel, *, patient: bool) -> list[AbstractIn
 
     `patient`: there should be one.
     """
-    queue = await channel.declare_queue(RECORD, durable=True, arguments=_KEPT)
+    queue = await channel.declare_queue(RECORD, durable=True, arguments=KEPT)
     found: list[AbstractIncomingMessage] = []
     tries = _RECORD_TRIES if patient else 0
     while True:
@@ -211,12 +226,18 @@ async def write(channel: AbstractChannel, record: Record, instead_of: list[Abstr
 
 
 def read(message: AbstractIncomingMessage, wanted: Record) -> Record:
-    """The record in a message; what an older version did not write down is as `wanted` has it."""
+    """The record in a message; what an older version did not write down is as `wanted` has it.
+
+    Raises:
+        TopologyError: it is none.
+    """
     try:
-        return Record(**({"prefetch": wanted.prefetch} | json.loads(message.body)))
+        record = Record(**({"prefetch": wanted.prefetch} | json.loads(message.body)))
     except (ValueError, TypeError):
         text = f"the message in the queue {RECORD} is no record of this version; if it is nobody's, delete that queue"
         raise TopologyError(text) from None
+    # A store in memory went with its worker: whoever comes next knows as much as it did.
+    return replace(record, store_id=wanted.store_id) if record.store_id == IN_MEMORY else record
 
 
 async def _count_partitions(connection: AbstractConnection) -> int:
@@ -252,7 +273,12 @@ def demand_version(connection: AbstractConnection) -> None:
         raise TopologyError(f"AMQP_URL: the broker is RabbitMQ {found}; {oldest} or later is needed")
 
 
-def _compare(record: Record, wanted: Record) -> None:
+def compare(record: Record, wanted: Record) -> None:
+    """Demand that a worker with these settings may run.
+
+    Raises:
+        TopologyError: it may not; the text says what to set or to do.
+    """
     if record.was is not None:
         raise TopologyError(
             f"a change from {record.was} to {record.partitions} partitions was begun and not finished: "

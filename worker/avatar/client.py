@@ -91,6 +91,11 @@ class AvatarClient:
         """End the session."""
         return (await self._on_session(session, "end", {}, self._api.timeout_s))[0]
 
+    async def knock(self) -> CallResult:
+        """Call create for nobody, who must be refused: shows that an Avatar API is there, and begins nothing."""
+        url = self._api.base_url + self._api.create_path
+        return (await self._post(url, None, {}, self._api.timeout_s, creating=True))[0]
+
     async def _create(self, wanted: Open, ks: str) -> tuple[CallResult, Session | None]:
         voice = {"id": wanted.voice_id, "speed": wanted.voice_speed}
         ours = {
@@ -122,10 +127,10 @@ class AvatarClient:
         return await self._post(url, f"Bearer {session.token}", body, timeout_s, creating=False)
 
     async def _post(
-        self, url: str, authorization: str, body: dict[str, Any], timeout_s: float, *, creating: bool
+        self, url: str, authorization: str | None, body: dict[str, Any], timeout_s: float, *, creating: bool
     ) -> tuple[CallResult, Any]:
         timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=min(timeout_s, _CONNECT_S))
-        headers = {"Authorization": authorization}
+        headers = {"Authorization": authorization} if authorization else {}
         try:
             request = self._http.post(url, json=body, headers=headers, timeout=timeout, allow_redirects=False)
             async with request as answer:

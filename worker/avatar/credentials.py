@@ -53,7 +53,7 @@ class KsSource(ABC):
     @property
     def ready(self) -> bool:
         """Whether there is one that the API is not known to refuse."""
-        ks = self._at_hand()
+        ks = self.at_hand()
         return bool(ks) and ks != self._refused
 
     async def current(self) -> str:
@@ -62,7 +62,7 @@ class KsSource(ABC):
         Raises:
             NoKs: there is none.
         """
-        return self._at_hand()
+        return self.at_hand()
 
     async def after(self, refused: str) -> str:
         """The Kaltura Session to use now that the API has refused that one; the same if there is no other.
@@ -81,7 +81,7 @@ class KsSource(ABC):
             self._refused = ""
 
     @abstractmethod
-    def _at_hand(self) -> str:
+    def at_hand(self) -> str:
         """The one there is, "" for none."""
 
 
@@ -92,7 +92,8 @@ class FixedKs(KsSource):
         super().__init__()
         self._ks = ks.get_secret_value().strip()
 
-    def _at_hand(self) -> str:
+    def at_hand(self) -> str:
+        """See `KsSource`."""
         return self._ks
 
 
@@ -115,7 +116,8 @@ class KsFile(KsSource):
         except ValueError as error:
             raise ConfigurationError(f"AVATAR_KS_FILE: {path}: {error}") from None
 
-    def _at_hand(self) -> str:
+    def at_hand(self) -> str:
+        """As the file has it now, or had it last."""
         # While a secret is rotated the file may be gone or half written; the last session is still the best guess.
         with contextlib.suppress(OSError, ValueError):
             self._read()
@@ -172,9 +174,9 @@ class MintedKs(KsSource):
 
     async def current(self) -> str:
         """The newest. Whoever needs one while there is none asks for it, but not more often than the pauses allow."""
-        if not self._at_hand() and (self._attempt is not None or self._clock() >= self._due):
+        if not self.at_hand() and (self._attempt is not None or self._clock() >= self._due):
             await self._renew()
-        ks = self._at_hand()
+        ks = self.at_hand()
         if not ks:
             why, again_s = self._why_not, max(0.0, self._due - self._clock())
             raise NoKs(CallResult(why.kind, why.status, again_s, why.error, local=True))
@@ -187,7 +189,8 @@ class MintedKs(KsSource):
             self._due = min(self._due, self._clock()) if not self._failures else self._due
         return await self.current()
 
-    def _at_hand(self) -> str:
+    def at_hand(self) -> str:
+        """Unless it has expired."""
         return self._ks if self._clock() < self._expires else ""
 
     async def _renew(self) -> None:

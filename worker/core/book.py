@@ -2,12 +2,11 @@
 
 from collections import deque
 from collections.abc import Iterable, Iterator
-from itertools import takewhile
 
-from schemas.commands import Speak
+from schemas.commands import Interrupt, Speak
 from worker.core import verdict
 from worker.core.memory import Ended, Memory
-from worker.core.model import Entry, Session, speak_of
+from worker.core.model import Entry, Session
 from worker.core.verdict import Conclusion
 
 
@@ -21,6 +20,7 @@ class Book:
         self.conversation_id = conversation_id
         self.memory = memory
         self._queue: deque[Entry] = deque()
+        self._numbered: dict[tuple[str, int], str] = {}
         # Whoever served the conversation before may not have come to it.
         self._out = [Conclusion(event) for event in memory.state.untold]
 
@@ -38,6 +38,12 @@ class Book:
     def add(self, entry: Entry) -> None:
         """Queue an entry behind all others."""
         self._queue.append(entry)
+        if isinstance(entry.command, Speak) and entry.command.seq is not None:
+            self._numbered.setdefault((entry.command.turn_id, entry.command.seq), entry.key)
+
+    def numbered(self, turn_id: str, seq: int) -> str | None:
+        """The key of the chunk that waits under this number of its turn."""
+        return self._numbered.get((turn_id, seq))
 
     def known(self, entry: Entry) -> bool:
         """Whether a command with this id has ended, in this life of it."""
@@ -51,11 +57,21 @@ class Book:
                 yield entry
             seen.add(entry.key)
 
-    def run(self, turn_id: str) -> list[Entry]:
-        """The chunks of that turn at the head of the queue, up to the first entry that is anything else."""
-        waiting = zip(self._queue, self.chunks(), strict=False)
-        same = takewhile(lambda pair: pair[0] is pair[1] and speak_of(pair[0]).turn_id == turn_id, waiting)
-        return [entry for entry, _ in same]
+    def run(self, turn_id: str) -> tuple[list[Entry], bool]:
+        """The chunks of that turn at the head of the queue, and whether any other command stands behind them.
+
+        Repeats are not for speech, and interrupts end by themselves: neither parts what belongs together.
+        """
+        run: list[Entry] = []
+        seen: set[str] = set()
+        for entry in self._queue:
+            if isinstance(entry.command, Interrupt) or entry.key in seen or self.known(entry):
+                continue
+            if not isinstance(entry.command, Speak) or entry.command.turn_id != turn_id:
+                return run, True
+            run.append(entry)
+            seen.add(entry.key)
+        return run, False
 
     def tell(self, conclusion: Conclusion) -> None:
         """Something happened with which no entry ends; the next one that does repeats it, should it come again."""
@@ -75,6 +91,8 @@ class Book:
             for entry in conclusion.entries:
                 assert isinstance(entry, Entry)
                 self._leave(entry)
+                if isinstance(entry.command, Speak) and entry.command.seq is not None:
+                    self.memory.note_number(entry.command.turn_id, entry.command.seq)
                 if entry.known_as is not None:
                     ended = Ended(entry.fingerprint, conclusion.event, now, before, conclusion.after)
                     self.memory.end(entry.known_as, ended)
@@ -105,4 +123,8 @@ class Book:
             self._queue.popleft()
         else:
             self._queue.remove(entry)
+        if isinstance(entry.command, Speak) and entry.command.seq is not None:
+            number = entry.command.turn_id, entry.command.seq
+            if self._numbered.get(number) == entry.key:
+                del self._numbered[number]
         self.memory.speak_up_to(entry.key, None)

@@ -126,7 +126,7 @@ class Interrupts:
     def _silence(self, entry: Entry, wanted: str | None, now: float, spared: Sequence[Entry]) -> None:
         # One that a worker left half done has silenced already; it must not silence what came after it.
         if entry.key not in self._memory.state.silenced:
-            self._memory.note_silenced(entry.key, self._speech.silence(entry, wanted, now, spared))
+            self._memory.note_silenced(entry.key, self._speech.turns.silence(entry, wanted, now, spared))
             if not spared and self._speech.outdated(now):
                 self._speech.drop()
 

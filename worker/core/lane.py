@@ -26,8 +26,9 @@ from typing import assert_never
 from schemas.commands import Interrupt, SessionAttach, SessionEnd, SessionStart, Speak
 from worker.core.book import Book
 from worker.core.interrupts import Interrupts
-from worker.core.model import CallKind, CallResult, Entry, Session, Viewer
+from worker.core.model import CallKind, CallResult, Entry, Session, Viewer, speak_of
 from worker.core.retry import Attempts
+from worker.core.sequence import Disorder, Sequence
 from worker.core.session_plan import SessionPlan
 from worker.core.speech import Speech
 from worker.core.verdict import Conclusion
@@ -47,6 +48,8 @@ class Lane:
         self._speech = Speech(self._book, rules, self._attempts)
         self._sessions = SessionPlan(self._book, rules, self._attempts, self._speech)
         self._interrupts = Interrupts(self._book, self._speech, rules)
+        self._sequence = Sequence(book)
+        self._holds = False
         self._calling: Call | None = None
         self._busy_until = book.memory.state.busy_until
 
@@ -74,13 +77,37 @@ class Lane:
                 in_doubt=self._calling is None and self._busy_until > now,
             )
             self._note_busy()
+        elif isinstance(entry.command, Speak):
+            self._offer_chunk(entry, now)
         else:
-            if isinstance(entry.command, Speak):
-                if entry.replay and not self._book.known(entry):
-                    self._speech.revive(entry, now)
-                self._interrupts.meet(entry, now)
             self._book.add(entry)
         return self._book.take()
+
+    def _offer_chunk(self, entry: Entry, now: float) -> None:
+        new = not self._book.known(entry)
+        repeat = new and self._sequence.is_repeat(entry)
+        if new and not repeat:
+            self._speech.hear(entry, now)
+            if entry.replay:
+                self._speech.turns.revive(entry, now)
+        self._interrupts.meet(entry, now)
+        self._book.add(entry)
+        if repeat:
+            self._speech.turns.discard_repeat(entry, now)
+
+    def take_disorders(self) -> list[Disorder]:
+        """Where the numbers of chunks that came were not in order."""
+        disorders, self._sequence.disorders = self._sequence.disorders, []
+        return disorders
+
+    @property
+    def waiting_chars(self) -> int:
+        """Characters of speech that wait for the API; none where the lane waits for more text."""
+        if self._holds:
+            return 0
+        spoken, piece = self._book.memory.spoken, self._speech.piece
+        waiting = sum(len(speak_of(chunk).text) - spoken.get(chunk.key, 0) for chunk in self._book.chunks())
+        return waiting - sum(part.end - part.start for part in (piece.parts if piece else ()))
 
     def take_interrupts(self) -> list[Entry]:
         """The interrupts to tell the API of now, beside any call that is under way; `interrupted` says how it went."""
@@ -98,6 +125,9 @@ class Lane:
         """What has ended by now, and the next work. Not while a call is under way; no call before `hold_until`."""
         assert self._calling is None, "one thing at a time"
         work = self._plan(now)
+        head = self._book.head if len(self._book) else None
+        speaks = head is None or isinstance(head.command, Speak)
+        self._holds = speaks and isinstance(work, Wait) and self._speech.piece is None
         if work is not None and not isinstance(work, Wait):
             free_at = max(self._book.memory.state.busy_until, hold_until)
             if free_at > now:
@@ -167,9 +197,14 @@ class Lane:
             if self._sessions.session:
                 return CallInterrupt()
             self._interrupts.tell_again = False
-        while len(self._book):
+        has_session = self._sessions.session is not None
+        while True:
             if self._attempts.not_before > now and not self._speech.outdated(now):
                 return Wait(self._attempts.not_before)
+            if closing := self._speech.plan_closing(now, has_session=has_session):
+                return Say(closing)
+            if not len(self._book):
+                return self._sessions.plan_renewal(now) or self._speech.rest()
             head = self._book.head
             if self._book.known(head) and self._speech.piece is None:
                 if self._interrupts.was_told(head):
@@ -180,7 +215,6 @@ class Lane:
             work = self._plan_head(head, now)
             if work is not None:
                 return work
-        return self._sessions.plan_renewal(now)
 
     def _plan_head(self, head: Entry, now: float) -> Work | None:
         match head.command:
@@ -198,7 +232,8 @@ class Lane:
             case SessionAttach() as attach:
                 return self._sessions.plan_attach(attach, now)
             case SessionEnd():
-                return self._sessions.plan_end(head, now)
+                closing = self._speech.plan_end(head, now, has_session=self._sessions.session is not None)
+                return Say(closing) if closing else self._sessions.plan_end(head, now)
             case _ as unreachable:
                 assert_never(unreachable)
 

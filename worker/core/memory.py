@@ -9,9 +9,14 @@ from enum import StrEnum
 from itertools import count
 
 from schemas.events import Event
+from worker.core.shaping import shaper
 
 KEPT_AT_HAND = 2000
 """Ended commands a lane remembers by itself; of older ones it asks the ledger."""
+
+NUMBERED_TURNS = 32
+"""Of so many turns, the latest, a conversation remembers the numbers of their chunks."""
+NUMBER_RANGES = 32
 
 
 class TurnState(StrEnum):
@@ -66,7 +71,10 @@ class SentPart:
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """The piece that was about to be said, as it was sent: the *intent*. Only its outcome tells whether it was."""
+    """The piece that was about to be said, as it was sent: the *intent*. Only its outcome tells whether it was.
+
+    `shapes`, `auto_final` and `name` are the piece's, see `model.Piece`.
+    """
 
     turn_id: str
     text: str
@@ -74,6 +82,9 @@ class Attempt:
     parts: tuple[SentPart, ...]
     begun: float
     count: int
+    shapes: shaper.State | None = None
+    auto_final: bool = False
+    name: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,11 +93,13 @@ class State:
 
     `number` counts attempts, so that an outcome that comes late cannot undo what came after. `attempt` stands as long
     as nobody has said what became of it. `busy_until`: a call whose answer never came counts as running until then.
-    `spoken`: characters of a chunk that left in earlier pieces, by entry key. `playing_until`: when, by estimate, the
+    `spoken`: characters of a chunk that left in earlier pieces, by entry key. `shapes`: how far each open turn was
+    shaped, and what its next piece depends on. `playing_until`: when, by estimate, the
     avatar falls silent. `heard_last`: the turn whose text the API took last, with those whose text it may have taken
     since. `silenced`: what interrupts that have not ended have done, by entry key: turns, and the chunks each has lost.
     `doubtful`: chunks, by entry key, that were perhaps said in an attempt that could not be repeated as it was.
     `fences`: the interrupts whose express copy has acted and whose ordered copy is still to come, and since when.
+    `numbers`: of the chunks that have ended, by turn, in ranges from first to last.
     `partition`: where the conversation's commands came from last.
     `untold`: events with which no command has ended; nobody can tell whether they were told before a worker died.
     """
@@ -95,11 +108,13 @@ class State:
     attempt: Attempt | None = None
     busy_until: float = 0.0
     spoken: Mapping[str, int] = field(default_factory=dict)
+    shapes: Mapping[str, shaper.State] = field(default_factory=dict)
     playing_until: float = 0.0
     heard_last: frozenset[str] = frozenset()
     silenced: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     doubtful: frozenset[str] = frozenset()
     fences: Mapping[str, float] = field(default_factory=dict)
+    numbers: Mapping[str, tuple[tuple[int, int], ...]] = field(default_factory=dict)
     partition: int | None = None
     untold: tuple[Event, ...] = ()
 
@@ -159,6 +174,7 @@ class Memory:
         """The turn begins anew."""
         self.turns[turn_id] = Turn(touched=now, replay=self.turns[turn_id].replay)
         self._touched.add(turn_id)
+        self.shape(turn_id, None)
 
     def is_silent(self, turn_id: str) -> bool:
         """Whether chunks of that turn are not spoken."""
@@ -212,6 +228,40 @@ class Memory:
         elif key in self.state.spoken or key in self.state.doubtful:
             spoken = {other: count for other, count in self.state.spoken.items() if other != key}
             self.update(spoken=spoken, doubtful=self.state.doubtful - {key})
+
+    @property
+    def shapes(self) -> Mapping[str, shaper.State]:
+        """See `State`."""
+        return self.state.shapes
+
+    def shape(self, turn_id: str, state: shaper.State | None) -> None:
+        """The turn was shaped so far; None: it is over, or begins anew."""
+        if state is not None:
+            self.update(shapes={**self.state.shapes, turn_id: state})
+        elif turn_id in self.state.shapes:
+            self.update(shapes={other: shape for other, shape in self.state.shapes.items() if other != turn_id})
+
+    def has_number(self, turn_id: str, seq: int) -> bool:
+        """Whether a chunk of that turn with that number has ended."""
+        return any(first <= seq <= last for first, last in self.state.numbers.get(turn_id, ()))
+
+    def last_number(self, turn_id: str) -> int | None:
+        """The highest number of a chunk of that turn that has ended."""
+        ranges = self.state.numbers.get(turn_id)
+        return ranges[-1][1] if ranges else None
+
+    def note_number(self, turn_id: str, seq: int) -> None:
+        """A chunk with that number has ended."""
+        if self.has_number(turn_id, seq):
+            return
+        merged: list[tuple[int, int]] = []
+        for first, last in sorted([*self.state.numbers.get(turn_id, ()), (seq, seq)]):
+            if merged and first <= merged[-1][1] + 1:
+                merged[-1] = (merged[-1][0], last)
+            else:
+                merged.append((first, last))
+        others = [item for item in self.state.numbers.items() if item[0] != turn_id]
+        self.update(numbers=dict([*others[-NUMBERED_TURNS + 1 :], (turn_id, tuple(merged[-NUMBER_RANGES:]))]))
 
     def note_silenced(self, key: str, turns: Mapping[str, int]) -> None:
         """The interrupt has acted."""

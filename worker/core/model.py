@@ -1,9 +1,11 @@
 """What a lane holds and hands out: entries, pieces, sessions, and what the Avatar API made of a call."""
 
+import math
 from dataclasses import dataclass, field
 from enum import StrEnum
 
 from schemas.commands import Command, Malformed, Speak
+from worker.core.shaping import shaper
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +70,19 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What one `say-text` carries: text of one turn, from one chunk or several."""
+    """What one `say-text` carries: text of one turn, from one chunk or several.
+
+    `shapes`: what the next piece of the turn depends on. `auto_final`: no chunk said that it is the last. `name`: what
+    it is called by where it has no chunk at all.
+    """
 
     turn_id: str
     text: str
     is_final: bool
     parts: tuple[Part, ...]
+    shapes: shaper.State | None = None
+    auto_final: bool = False
+    name: str = ""
 
     @property
     def ending(self) -> tuple[Entry, ...]:
@@ -83,12 +92,12 @@ class Piece:
     @property
     def key(self) -> str:
         """The same whenever the same piece is told of again."""
-        return f"{self.parts[0].entry.key}\n{self.parts[0].start}"
+        return f"{self.parts[0].entry.key}\n{self.parts[0].start}" if self.parts else f"{self.turn_id}\n{self.name}"
 
     @property
     def born(self) -> float:
-        """The age of a piece is that of its oldest chunk."""
-        return min(part.entry.born for part in self.parts)
+        """The age of a piece is that of its oldest chunk; without any it has none."""
+        return min((part.entry.born for part in self.parts), default=math.inf)
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,6 @@ from worker.core.book import Book
 from worker.core.model import CallKind, CallResult, Entry, Session, Viewer
 from worker.core.retry import Attempts
 from worker.core.speech import Speech
-from worker.core.verdict import Conclusion
 from worker.core.work import Attach, Call, Close, InitClient, Open, Rules, Wait
 
 MAX_LOSSES = 2
@@ -98,9 +97,7 @@ class SessionPlan:
         return Attach(Session(attach.session_id, attach.token, attached=True))
 
     def plan_end(self, entry: Entry, now: float) -> Call | Wait | None:
-        """Close the open turns, let them be heard, end the session."""
-        for turn_id in list(self._book.memory.open_turns()):
-            self._book.tell(Conclusion(self._speech.close(turn_id, entry, now, final_sent=False)))
+        """Let what was said be heard, end the session."""
         if self.session is not None:
             return self._close(EndReason.REQUESTED, now)
         self._book.end([verdict.session_ended(self._book.conversation_id, None, EndReason.REQUESTED, entry)], now)
@@ -180,7 +177,9 @@ class SessionPlan:
 
     def initialised(self, result: CallResult, viewer: Viewer | None, now: float, jitter: float) -> None:
         """The viewer's hand-off was fetched, or not."""
-        assert self.session is not None
+        if self.session is None:  # an interrupt beside has found it gone
+            self._attempts.rest()
+            return
         waited_enough = now - self._attempts.first >= self._rules.session_wait_s
         match result.kind:
             case CallKind.OK:
@@ -205,7 +204,9 @@ class SessionPlan:
         if unsure and self._attempts.count < END_ATTEMPTS:
             self._attempts.again(now, jitter, result.retry_after_s)
             return
-        assert self._retiring is not None
+        if self._retiring is None:  # as above
+            self._attempts.rest()
+            return
         asked = self._retiring is EndReason.REQUESTED
         renewed = self._retiring is EndReason.REPLACED and self._is_to_be_renewed(now)
         conclusion = verdict.session_ended(

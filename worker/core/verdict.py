@@ -163,9 +163,19 @@ def turn_started(conversation_id: str, piece: Piece) -> Event:
     return Event(conversation_id, TurnStarted(turn_id=piece.turn_id), piece.key)
 
 
-def turn_completed(conversation_id: str, turn_id: str, turn: Turn, closing: Entry, *, final_sent: bool) -> Event:
-    """All of the turn was handed to the API. `closing` is the command that closed it."""
-    data = TurnCompleted(turn_id=turn_id, pieces=turn.pieces, text_length=turn.text_length, final_sent=final_sent)
+def turn_completed(
+    conversation_id: str, turn_id: str, turn: Turn, closing: Entry | str, *, final_sent: bool, auto_final: bool = False
+) -> Event:
+    """All of the turn was handed to the API. `closing` is the command that closed it, or a name for what else did."""
+    data = TurnCompleted(
+        turn_id=turn_id,
+        pieces=turn.pieces,
+        text_length=turn.text_length,
+        final_sent=final_sent,
+        auto_final=True if auto_final else None,
+    )
+    if isinstance(closing, str):
+        return Event(conversation_id, data, f"{turn_id}\n{closing}")
     return Event(conversation_id, data, f"{turn_id}\n{closing.key}", closing.traceparent)
 
 
@@ -247,4 +257,4 @@ def session_failed(
 
 def milliseconds(seconds: float) -> int:
     """As events state durations: whole, and never negative, since clocks of two machines differ."""
-    return max(0, round(seconds * 1000))
+    return round(max(0.0, seconds) * 1000)

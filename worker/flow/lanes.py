@@ -2,7 +2,8 @@
 
 import asyncio
 import contextvars
-from collections.abc import Callable, Coroutine
+from collections import Counter
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from worker.core import verdict
 from worker.core.breaker import Breaker
 from worker.core.model import Entry, Misfit
 from worker.core.work import Rules
+from worker.flow.backlog import LOOK_S, TICK_S, Backlog
 from worker.flow.desk import Desk
 from worker.flow.runner import ExpressDelivery, Runner
 from worker.flow.settler import Settler
@@ -24,13 +26,18 @@ _log = structlog.stdlib.get_logger(__name__)
 class Lanes:
     """Routes what is delivered to the runner of its conversation, by a plain call: no await between broker and lane."""
 
-    def __init__(self, rules: Rules, *, desk: Desk, ledger: Ledger, settler: Settler, clock: Clock) -> None:
+    def __init__(
+        self, rules: Rules, *, desk: Desk, ledger: Ledger, backlog: Backlog, settler: Settler, clock: Clock
+    ) -> None:
         self.tenure_of: Callable[[int], Tenure | None] = lambda _: None
         """The tenure under which this worker owns a partition just now, if it does: the inbox knows."""
+        self.disorders: Counter[str] = Counter()
+        """How often the numbers of chunks were not in order, by kind."""
         self._rules = rules
         self._breaker = Breaker()
         self._desk = desk
         self._ledger = ledger
+        self._backlog = backlog
         self._settler = settler
         self._clock = clock
         self._runners: dict[str, Runner] = {}
@@ -77,7 +84,36 @@ class Lanes:
         partition = await self._ledger.partition_of(conversation_id)
         tenure = None if partition is None else self.tenure_of(partition)
         if tenure is not None and not self._stopping and conversation_id not in self._runners:
-            self._start(conversation_id).wake(tenure)
+            self._start(conversation_id).summon(tenure)
+
+    async def run(self, knock: Callable[[int], Awaitable[None]]) -> None:
+        """Have the store keep what is held for long, and see to what it keeps of conversations nobody serves.
+
+        `knock` makes the owner of a partition learn that it is: where nothing is delivered, it cannot know.
+        """
+        looked = self._clock()
+        while not self._stopping:
+            await asyncio.sleep(TICK_S)
+            now = self._clock()
+            # While the API is down intake stops by holding: what is kept would be followed by more.
+            if self._breaker.hold_until(now) <= now:
+                for runner in self._runners.values():
+                    runner.keep(now)
+            if now - looked >= LOOK_S:
+                looked = now
+                try:
+                    await self._summon(knock)
+                except Exception as error:  # noqa: BLE001 - whatever it was, the next look is a second away
+                    _log.error(logs.STORE_FAILED, error=str(error))
+
+    async def _summon(self, knock: Callable[[int], Awaitable[None]]) -> None:
+        for partition, conversation_ids in (await self._backlog.conversations()).items():
+            tenure = self.tenure_of(partition)
+            if tenure is None:
+                await knock(partition)
+            elif not self._stopping:
+                for conversation_id in conversation_ids:
+                    (self._runners.get(conversation_id) or self._start(conversation_id)).summon(tenure)
 
     def reject(self, misfit: Misfit) -> None:
         """Take a message that is no command."""
@@ -85,6 +121,7 @@ class Lanes:
 
     def forget(self, tenure: Tenure) -> None:
         """The tenure has ended: what came under it and has not ended will be delivered again."""
+        self._backlog.forget(tenure)
         for runner in self._runners.values():
             runner.forget(tenure)
 
@@ -119,8 +156,10 @@ class Lanes:
             breaker=self._breaker,
             desk=self._desk,
             ledger=self._ledger,
+            backlog=self._backlog,
             settler=self._settler,
             clock=self._clock,
+            disorders=self.disorders,
         )
         self._runners[conversation_id] = runner
         # A context of its own: the log context of the delivery that happened to come first is not for the others.

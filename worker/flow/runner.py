@@ -8,32 +8,38 @@ of reach) is dropped too, and built again from what it held, after a pause; its 
 
 import asyncio
 import random
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import structlog
 
-from schemas.commands import Interrupt
+from schemas.commands import Interrupt, Speak
+from worker.core import verdict
 from worker.core.book import Book
 from worker.core.breaker import Breaker
 from worker.core.lane import Lane
 from worker.core.memory import Memory
-from worker.core.model import CallKind, CallResult, Entry, Session
+from worker.core.model import CallKind, CallResult, Entry, Misfit, Session
+from worker.core.pressure import Pressure
 from worker.core.verdict import Conclusion
 from worker.core.work import INTENT_S, Call, CallInterrupt, InitClient, Rules, Say, Wait
 from worker.errors import LinkLost
+from worker.flow.backlog import HOLD_S, Backlog, keepable
 from worker.flow.desk import Desk
 from worker.flow.settler import Settler
 from worker.ops import logs
-from worker.ports import Clock, Delivery, Grant, Ledger, Tenure
+from worker.ports import Clock, Delivery, Grant, KeepableDelivery, Ledger, Tenure
 
 _log = structlog.stdlib.get_logger(__name__)
 
 PAUSE_S = 1.0
 LONGEST_PAUSE_S = 30.0
 GATHER_S = 0.02
+LOOKED_UP = 5000
+"""Commands a query of the ledger asks for at most."""
 LINGER_S = 2.0
 """How long a lane without work stays: a stream's next token comes soon, and building a lane reads the store."""
 
@@ -49,25 +55,34 @@ class Runner:
         breaker: Breaker,
         desk: Desk,
         ledger: Ledger,
+        backlog: Backlog,
         settler: Settler,
         clock: Clock,
+        disorders: Counter[str],
     ) -> None:
         self.conversation_id = conversation_id
         self._rules = rules
         self._breaker = breaker
         self._desk = desk
         self._ledger = ledger
+        self._backlog = backlog
         self._settler = settler
         self._clock = clock
+        self._disorders = disorders
+        self._pressure = Pressure(conversation_id, rules)
+        self._waiting_chars = 0
+        self._pausing: asyncio.Task[None] | None = None
         self._arrived: deque[Entry] = deque()
+        self._held: deque[Entry] = deque()
+        self._summons: Tenure | None = None
         self._tenure: Tenure | None = None
-        self._woken_by: Tenure | None = None
         self._epoch = 0
         self._memory = Memory()
         self._book = Book(conversation_id, self._memory)
         self._lane = Lane(self._book, rules)
         self._admitting = asyncio.Lock()
         self._in_call = False
+        self._keeping = False
         self._errands: set[asyncio.Task[None]] = set()
         self._wake = asyncio.Event()
         self._stopping = asyncio.Event()
@@ -75,9 +90,13 @@ class Runner:
     def offer(self, entry: Entry) -> None:
         """Take a command; the lane has it as soon as no call is under way, an interrupt at once."""
         self._arrived.append(entry)
+        if isinstance(entry.delivery, KeepableDelivery):
+            self._held.append(entry)
         self._wake.set()
         if self._in_call and isinstance(entry.command, Interrupt):
             self._start(self._hear())
+        elif self._in_call and isinstance(entry.command, Speak):
+            self._press(self._waiting_chars + len(entry.command.text))
 
     def hear(self, entry: Entry) -> None:
         """Take the express copy of an interrupt, under whatever tenure the conversation is served."""
@@ -85,18 +104,43 @@ class Runner:
         if tenure is not None:
             self.offer(replace(entry, delivery=ExpressDelivery(tenure)))
 
-    def wake(self, tenure: Tenure) -> None:
-        """Look whether there is something to do although no command has come, under that tenure."""
-        self._woken_by = tenure
-        self._wake.set()
+    def summon(self, tenure: Tenure) -> None:
+        """Serve what the store keeps of the conversation, whether or not something is delivered."""
+        if self._tenure is None and not self._arrived:
+            self._summons = tenure
+            self._wake.set()
+
+    def keep(self, now: float) -> None:
+        """Have the store keep what is held, if there is much of it, or if it has been held for long."""
+        while self._held and keepable(self._held[0]).settled:
+            self._held.popleft()
+        if self._keeping or self._tenure is None or not self._held:
+            return
+        if now - keepable(self._held[0]).received > HOLD_S or len(self._held) > self._backlog.most:
+            self._keeping = True
+            self._start(self._keep(self._tenure))
+
+    async def _keep(self, tenure: Tenure) -> None:
+        try:
+            held = [one for one in self._held if tenure_of(one) is tenure and not keepable(one).settled]
+            if await self._backlog.keep(self.conversation_id, held, tenure, self._epoch) is Grant.REFUSED:
+                tenure.refused()
+                self.forget(tenure)
+            else:
+                moved = set(held)
+                self._held = deque(one for one in self._held if one not in moved)
+        finally:
+            self._keeping = False
 
     def forget(self, tenure: Tenure) -> None:
         """The tenure has ended: what it brought will be delivered again, to whoever owns the partition then."""
         self._arrived = deque(entry for entry in self._arrived if tenure_of(entry) is not tenure)
+        self._held = deque(entry for entry in self._held if tenure_of(entry) is not tenure)
+        if self._summons is tenure:
+            self._summons = None
         if self._tenure is tenure:
             self._tenure = None
-        if self._woken_by is tenure:
-            self._woken_by = None
+            self._pressure.forget()
         self._wake.set()
 
     def stop(self) -> None:
@@ -137,6 +181,7 @@ class Runner:
             self._tell_interrupts()
             now = self._clock()
             step = self._lane.next(now, self._breaker.hold_until(now))
+            self._press(self._lane.waiting_chars)
             if step.work is None:
                 self._submit(step.conclusions)
                 await _before(self._wake, LINGER_S)
@@ -179,19 +224,37 @@ class Runner:
             self._submit(lane.interrupted(entry, told, self._clock()))
             self._wake.set()
 
-    def _start(self, errand: Coroutine[Any, Any, None]) -> None:
+    def _press(self, waiting_chars: int) -> None:
+        """Tell producers, if they should know, that so much waits."""
+        self._waiting_chars = waiting_chars
+        event = self._pressure.look(waiting_chars, self._clock())
+        if event is not None:
+            self._settler.submit([Conclusion(event)])
+        if self._pressure.again_at is not None and self._pausing is None:
+            self._pausing = self._start(self._press_on())
+        elif self._pressure.again_at is None and self._pausing is not None:
+            self._pausing.cancel()
+            self._pausing = None
+
+    async def _press_on(self) -> None:
+        """Repeat it while it lasts, whatever is under way."""
+        while not self._stopping.is_set() and (again_at := self._pressure.again_at) is not None:
+            await _before(self._stopping, again_at - self._clock())
+            self._press(self._waiting_chars)
+
+    def _start(self, errand: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(errand)
         self._errands.add(task)
         task.add_done_callback(self._errands.discard)
+        return task
 
     async def _admit(self) -> None:
         """Hand what has arrived to the lane, once it is known whether it ended before."""
         if self._tenure is None:
             self._set_up(Memory(), None, None)
-        if self._woken_by is not None:
-            tenure, self._woken_by = self._woken_by, None
-            if self._tenure is None:
-                await self._begin(tenure)
+        if self._summons is not None and not self._arrived:
+            await self._begin(self._summons)
+        self._summons = None
         while self._arrived:
             tenure = tenure_of(self._arrived[0])
             if tenure is not self._tenure:
@@ -199,7 +262,7 @@ class Runner:
                     return
                 await self._begin(tenure)
                 continue
-            here = list(self._arrived)
+            here = list(islice(self._arrived, LOOKED_UP))
             await self._look_up({entry.known_as for entry in here if entry.known_as is not None})
             # No more than was looked up: others may have arrived, or the tenure may have ended, meanwhile.
             for entry in here:
@@ -207,6 +270,19 @@ class Runner:
                     break
                 self._submit(self._lane.offer(entry, self._clock()))
                 self._arrived.popleft()
+                self._note_disorder()
+
+    def _note_disorder(self) -> None:
+        for one in self._lane.take_disorders():
+            self._disorders[one.kind] += 1
+            _log.warning(
+                logs.CHUNKS_OUT_OF_ORDER,
+                conversation_id=self.conversation_id,
+                turn_id=one.turn_id,
+                kind=one.kind,
+                expected=one.expected,
+                seq=one.seq,
+            )
 
     async def _look_up(self, message_ids: set[str]) -> None:
         self._memory.trim()
@@ -225,8 +301,11 @@ class Runner:
             return
         session, lost = await self._desk.recall(self.conversation_id)
         memory = await self._ledger.recall(self.conversation_id)
+        kept = await self._backlog.take(self.conversation_id, tenure)
         memory.settle_in(tenure.partition)
         self._set_up(memory, session, lost)
+        self._arrived.extendleft(entry for entry in reversed(kept) if isinstance(entry, Entry))
+        self._settler.submit(verdict.rejected(misfit) for misfit in kept if isinstance(misfit, Misfit))
 
     def _set_up(self, memory: Memory, session: Session | None, lost: Session | None) -> None:
         self._memory = memory

@@ -12,7 +12,6 @@ from typing import Any, Literal
 import structlog
 
 WORKER_STARTING = "worker_starting"
-WORKER_READY = "worker_ready"
 WORKER_STOPPING = "worker_stopping"
 WORKER_STOPPED = "worker_stopped"
 BROKER_CONNECTED = "broker_connected"
@@ -21,6 +20,7 @@ BROKER_BLOCKED = "broker_blocked"
 BROKER_UNBLOCKED = "broker_unblocked"
 LINKS_SILENT = "links_silent"
 PARTITION_LOST = "partition_lost"
+CHUNKS_OUT_OF_ORDER = "chunks_out_of_order"
 DELIVERY_UNREADABLE = "delivery_unreadable"
 TIMESTAMP_IGNORED = "timestamp_ignored"
 COMMAND_PARKED = "command_parked"
@@ -33,10 +33,8 @@ CALL_FAILED = "call_failed"
 LANE_CRASHED = "lane_crashed"
 SETTLE_FAILED = "settle_failed"
 STORE_FAILED = "store_failed"
-SESSION_OPENED = "session_opened"
 SESSION_ENDED = "session_ended"
 SESSION_ADOPTED = "session_adopted"
-SESSION_LOST = "session_lost"
 
 _SECRETS = re.compile(r"(?i)\b(bearer|ks)\s+[\w.~+/=|-]{8,}|(?<=://)[^/@\s:]*:[^/@\s]*(?=@)")
 

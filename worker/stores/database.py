@@ -19,8 +19,9 @@ from sqlalchemy.dialects.postgresql import ARRAY, insert  # SQLite has learnt it
 
 from worker.errors import ConfigurationError
 from worker.ops import logs
-from worker.stores import schema, sqlite
+from worker.stores import schema
 from worker.stores.backend import Backend, Contended, T, Unreachable, Work
+from worker.stores.sqlite import Sqlite
 from worker.stores.tables import facts, writers
 
 _log = structlog.stdlib.get_logger(__name__)
@@ -63,6 +64,7 @@ class Database:
         self._waiting: deque[_Job] = deque()
         self._committing: asyncio.Task[None] | None = None
         self._outage: asyncio.Task[None] | None = None
+        self._pause_s = PAUSE_S
 
     @classmethod
     async def open(cls, url: str) -> Self:
@@ -71,7 +73,7 @@ class Database:
         Raises:
             ConfigurationError: it cannot be used, or a newer version made it.
         """
-        backend = await sqlite.Sqlite.open(url)
+        backend = await _backend(url)
         try:
             await backend.write(schema.prepare)
         except (Unreachable, sa.exc.DBAPIError) as error:
@@ -166,10 +168,10 @@ class Database:
     async def _settle(self, jobs: Sequence[_Job]) -> None:
         """Write them in one transaction, or, if something is wrong with one of them, in one each."""
         transaction = _Transaction(self._name, next(self._numbers), jobs)
-        pause_s = PAUSE_S
         while still := transaction.open():
             try:
                 transaction.finish(await self._backend.write(transaction))
+                self._pause_s = PAUSE_S
             except Contended:
                 await asyncio.sleep(CONTENDED_S * random.random())  # noqa: S311 - it keeps two workers apart
             except Unreachable as error:
@@ -182,9 +184,7 @@ class Database:
                     for job in still:
                         await self._settle([job])
                 elif still[0].patient and not _is_its_own(error):
-                    _log.error(logs.STORE_FAILED, error=text_of(error), again_in_s=pause_s)
-                    await asyncio.sleep(pause_s)
-                    pause_s = min(pause_s * 2, LONGEST_PAUSE_S)
+                    await self._pause(error)
                 else:
                     still[0].done.set_exception(error)
 
@@ -199,12 +199,9 @@ class Database:
         await asyncio.shield(self._outage)
 
     async def _look_out(self, error: Exception) -> None:
-        pause_s = PAUSE_S
         try:
             while True:
-                _log.error(logs.STORE_FAILED, error=str(error), again_in_s=pause_s)
-                await asyncio.sleep(pause_s)
-                pause_s = min(pause_s * 2, LONGEST_PAUSE_S)
+                await self._pause(error)
                 try:
                     await self._backend.read(lambda connection: connection.execute(sa.select(1)).scalar_one())
                 except Unreachable as still:
@@ -213,6 +210,24 @@ class Database:
                     return
         finally:
             self._outage = None
+
+    async def _pause(self, error: Exception) -> None:
+        """Longer from time to time, until something is written again."""
+        _log.error(logs.STORE_FAILED, error=text_of(error), again_in_s=self._pause_s)
+        await asyncio.sleep(self._pause_s)
+        self._pause_s = min(self._pause_s * 2, LONGEST_PAUSE_S)
+
+
+async def _backend(url: str) -> Backend:
+    if url.startswith("sqlite://"):
+        return await Sqlite.open(url)
+    try:
+        from worker.stores.postgres import Postgres  # noqa: PLC0415 - SQLite does without the extra
+    except ModuleNotFoundError as missing:
+        raise ConfigurationError(
+            f"STORE_URL: PostgreSQL needs the package {missing.name}: pip install 'avatar-worker[postgres]'"
+        ) from None
+    return Postgres(url)
 
 
 class _Transaction:

@@ -13,6 +13,7 @@ from sqlalchemy.dialects.postgresql import insert
 
 from schemas.events import EVENT_TYPES, Event
 from worker.core.memory import Attempt, Changes, Ended, Memory, SentPart, State, Turn, TurnState
+from worker.core.shaping import shaper
 from worker.ops import logs
 from worker.ports import Clock, Grant, HeldState
 from worker.stores.backend import Contended, Unreachable
@@ -320,7 +321,11 @@ def _state(text: str) -> State:
     attempt = document.pop("attempt")
     if attempt is not None:
         parts = tuple(SentPart(**part) for part in attempt.pop("parts"))
-        attempt = Attempt(parts=parts, **attempt)
+        shapes = attempt.pop("shapes", None)
+        attempt = Attempt(parts=parts, shapes=shapes and shaper.State(*shapes), **attempt)
     heard_last, doubtful = frozenset(document.pop("heard_last")), frozenset(document.pop("doubtful"))
     untold = tuple(map(_event, document.pop("untold")))
+    numbers = document.get("numbers", {}).items()
+    document["numbers"] = {turn: tuple((first, last) for first, last in ranges) for turn, ranges in numbers}
+    document["shapes"] = {turn: shaper.State(*shape) for turn, shape in document.get("shapes", {}).items()}
     return State(attempt=attempt, heard_last=heard_last, doubtful=doubtful, untold=untold, **document)

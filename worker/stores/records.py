@@ -11,7 +11,7 @@ from worker.stores.backend import Unreachable
 from worker.stores.database import Database
 from worker.stores.ledger import ENDED, ended_of, recalled
 from worker.stores.sqlite import IN_MEMORY
-from worker.stores.tables import commands, conversations, partitions, sessions
+from worker.stores.tables import backlog, commands, conversations, partitions, sessions
 
 LAST_ENDS = 10
 
@@ -33,14 +33,15 @@ class KnownSession:
 class Dossier:
     """What there is of one conversation.
 
-    `epochs` are those of all partitions, by number. `ends` are the latest, newest first, by what the command is known
-    as, of `ended` in all.
+    `epochs` are those of all partitions, by number. `kept`: how many commands of it the store keeps. `ends` are the
+    latest, newest first, by what the command is known as, of `ended` in all.
     """
 
     memory: Memory
     touched: float | None
     session: KnownSession | None
     epochs: dict[int, int]
+    kept: int
     ended: int
     ends: list[tuple[str, Ended]]
 
@@ -81,9 +82,14 @@ def _collect(connection: sa.Connection, conversation_id: str) -> Dossier:
         touched=connection.execute(row).scalar_one_or_none(),
         session=None if session is None else _session(session),
         epochs={row.partition: row.epoch for row in connection.execute(sa.select(partitions))},
-        ended=connection.execute(sa.select(sa.func.count()).select_from(commands).where(mine)).scalar_one(),
+        kept=_count(connection, backlog.c.conversation_id == conversation_id),
+        ended=_count(connection, mine),
         ends=[(row.message_id, ended_of(row)) for row in connection.execute(latest)],
     )
+
+
+def _count(connection: sa.Connection, which: sa.ColumnElement[bool]) -> int:
+    return connection.execute(sa.select(sa.func.count()).where(which)).scalar_one()
 
 
 def _session(row: sa.Row[tuple[object, ...]]) -> KnownSession:

@@ -116,3 +116,16 @@ writers = sa.Table(
     sa.Column("number", sa.BigInteger, nullable=False),
     sa.Column("touched", sa.Float, nullable=False),
 )
+
+# Commands kept in the broker's stead: the durable inbox. `position` never comes twice.
+backlog = sa.Table(
+    "backlog",
+    metadata,
+    sa.Column("position", sa.BigInteger().with_variant(sa.Integer, "sqlite"), primary_key=True, autoincrement=True),
+    sa.Column("key", sa.Text, nullable=False, unique=True),
+    sa.Column("conversation_id", sa.Text, nullable=False, index=True),
+    sa.Column("partition", sa.Integer, nullable=False),
+    sa.Column("entry_key", Words, nullable=False),
+    sa.Column("packed", sa.Text, nullable=False),
+    sqlite_autoincrement=True,
+)

@@ -20,6 +20,8 @@ READY_WITHIN_S = 120.0
 # port can end up connected to itself, and then the broker cannot have its port back.
 _PORTS = range(20_000, 32_000)
 
+MANAGEMENT = "rabbitmq_management"
+
 _PROTOCOL_HEADER = b"AMQP\x00\x00\x09\x01"
 _VERSION_FIELD = b"\x07versionS"
 
@@ -32,13 +34,14 @@ class Broker:
     """A RabbitMQ to talk to.
 
     `url` stays the same for as long as the object lives, also across restarts. `version` is what the broker says of
-    itself, such as `3.10.8`.
+    itself, such as `3.10.8`. `management_url` is where its HTTP API is, if we started it with the plugin `MANAGEMENT`.
     """
 
-    def __init__(self, kind: Kind, url: str, version: str = "") -> None:
+    def __init__(self, kind: Kind, url: str, version: str = "", *, management_url: str | None = None) -> None:
         self.kind: Kind = kind
         self.url = url
         self.version = version
+        self.management_url = management_url
 
     @property
     def version_info(self) -> tuple[int, int]:

@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import tarfile
 
-from worker.local.broker.base import BrokerError, Guard, OwnedBroker, enabled_plugins, free_port
+from worker.local.broker.base import MANAGEMENT, BrokerError, Guard, OwnedBroker, enabled_plugins, free_port
 
 IMAGE = "rabbitmq:4-management"
 _ANSWER_S = 20.0
@@ -24,12 +24,17 @@ def docker_answers() -> bool:
 
 
 class Container(OwnedBroker):
-    """A container of the official image with the given plugins, its AMQP port on a loopback port that never changes."""
+    """A container of the official image with the given plugins, its ports on loopback ports that never change."""
 
     def __init__(self, plugins: tuple[str, ...], image: str = IMAGE) -> None:
         port = free_port()
-        super().__init__("docker", f"amqp://guest:guest@127.0.0.1:{port}/")
-        self._publish = f"127.0.0.1:{port}:5672"
+        self._publish = ["--publish", f"127.0.0.1:{port}:5672"]
+        management_url = None
+        if MANAGEMENT in plugins:
+            management_port = free_port()
+            self._publish += ["--publish", f"127.0.0.1:{management_port}:15672"]
+            management_url = f"http://127.0.0.1:{management_port}/api"
+        super().__init__("docker", f"amqp://guest:guest@127.0.0.1:{port}/", management_url=management_url)
         self._plugins = plugins
         self._image = image
         self._name = f"avatar-broker-{secrets.token_hex(4)}"
@@ -59,7 +64,7 @@ class Container(OwnedBroker):
 
     def _create(self) -> None:
         self._guard = Guard('docker rm --force --volumes "$1" >/dev/null 2>&1', self._name)
-        _docker("create", "--name", self._name, "--publish", self._publish, self._image)
+        _docker("create", "--name", self._name, *self._publish, self._image)
         # Copied in rather than mounted: a daemon in a virtual machine does not see our temporary folder.
         _docker("cp", "-", f"{self._name}:/etc/rabbitmq", given=_tar("enabled_plugins", enabled_plugins(self._plugins)))
 

@@ -14,7 +14,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from worker.local.broker.base import BrokerError, Guard, OwnedBroker, enabled_plugins, free_port, wait_until
+from worker.local.broker.base import MANAGEMENT, BrokerError, Guard, OwnedBroker, enabled_plugins, free_port, wait_until
 
 _DEBIAN_WRAPPER = Path("/usr/sbin/rabbitmq-server")
 _PATTERNS = (
@@ -46,7 +46,9 @@ class PrivateNode(OwnedBroker):
     def __init__(self, server: Path, plugins: tuple[str, ...]) -> None:
         self._server = server
         self._port = free_port()
-        super().__init__("node", f"amqp://guest:guest@127.0.0.1:{self._port}/")
+        self._management_port = free_port() if MANAGEMENT in plugins else None
+        management_url = None if self._management_port is None else f"http://127.0.0.1:{self._management_port}/api"
+        super().__init__("node", f"amqp://guest:guest@127.0.0.1:{self._port}/", management_url=management_url)
         self._home = Path(tempfile.mkdtemp(prefix="avatar-broker-"))
         self._log = self._home / "broker.log"
         self._process: subprocess.Popen[bytes] | None = None
@@ -87,10 +89,13 @@ class PrivateNode(OwnedBroker):
         extra.mkdir()
         (home / "enabled_plugins").write_text(enabled_plugins(plugins))
         (home / "advanced.config").write_text("[].\n")
-        (home / "rabbitmq.conf").write_text(
-            f"listeners.tcp.default = 127.0.0.1:{self._port}\n"
-            "raft.wal_max_size_bytes = 33554432\n"  # the default, 512 MiB, is for a broker with a disk of its own
-        )
+        configuration = [
+            f"listeners.tcp.default = 127.0.0.1:{self._port}",
+            "raft.wal_max_size_bytes = 33554432",  # the default, 512 MiB, is for a broker with a disk of its own
+        ]
+        if self._management_port is not None:
+            configuration += ["management.tcp.ip = 127.0.0.1", f"management.tcp.port = {self._management_port}"]
+        (home / "rabbitmq.conf").write_text("\n".join([*configuration, ""]))
         # Built from nothing: a RABBITMQ_* or ERL_* of the caller's shell would reach into the node.
         return {
             "PATH": os.environ.get("PATH", os.defpath),

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import regex
 import sentencex  # type: ignore[import-untyped]  # compiled, without stubs
 
-from worker.core.shaping.pieces_markup import WIDE, Pattern
+from worker.core.shaping.markup import WIDE, Pattern
 
 
 class Lengths(NamedTuple):
@@ -156,9 +156,13 @@ class Cutter:
     def cut(self, length: int) -> int:
         """Begin a new piece behind `length` characters. Returns them."""
         self.pieces += 1
+        self.skip()
+        return length
+
+    def skip(self) -> None:
+        """Begin anew; what was there is no piece."""
         self._scan = self._weight = 0
         self._open = None
-        return length
 
     def is_whole(self, text: str) -> bool:
         """Whether `text`, however it goes on, seems to end with a whole word. For stalls, which cannot wait and see."""

@@ -2,10 +2,10 @@
 
 import pytest
 
-from worker.core.shaping.pieces import Piece, Shaper, Shaping
-from worker.core.shaping.pieces_clean import Cleaner
-from worker.core.shaping.pieces_cut import Cutting, Lengths
-from worker.core.shaping.pieces_markup import Clean
+from worker.core.shaping.clean import Cleaner
+from worker.core.shaping.cut import Cutting, Lengths
+from worker.core.shaping.markup import Clean
+from worker.core.shaping.shaper import Piece, Shaper, Shaping
 
 NEVER = 10_000
 AT_SENTENCES = (Lengths(sentence=1, clause=NEVER, comma=NEVER, word=NEVER),)

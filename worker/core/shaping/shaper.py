@@ -20,9 +20,9 @@ from typing import NamedTuple
 
 import regex
 
-from worker.core.shaping.pieces_clean import LINE_START, Cleaner, MarkUp
-from worker.core.shaping.pieces_cut import Cutter, Cutting, last_boundary
-from worker.core.shaping.pieces_markup import Clean, Pattern
+from worker.core.shaping.clean import LINE_START, Cleaner, MarkUp
+from worker.core.shaping.cut import Cutter, Cutting, last_boundary
+from worker.core.shaping.markup import Clean, Pattern
 
 _SLICE = 1024  # characters read at once, so that one huge chunk costs no more than many small ones
 _LAST_SPACE: Pattern = regex.compile(r"[ \n](?=[^ \n]+\Z)")
@@ -80,8 +80,18 @@ class Shaper:
 
     @property
     def waiting(self) -> int:
-        """Clean characters in no piece yet. The clock of a stall runs while there are some and they do not grow."""
+        """Clean characters in no piece yet. The clock of a stall begins anew when they grow."""
         return len(self._cleaner.text)
+
+    @property
+    def pending(self) -> bool:
+        """Whether anything was read that is in no piece yet, be it without a word: the clock of a stall runs."""
+        return self._end < self._cleaner.offset
+
+    @property
+    def begun(self) -> bool:
+        """Whether there was a piece to speak."""
+        return self._cutter.pieces > 0
 
     def push(self, text: str) -> list[Piece]:
         """Read the raw text of a chunk, wherever it was cut out of the turn."""
@@ -97,15 +107,21 @@ class Shaper:
     def stall(self) -> list[Piece]:
         """Nothing to say came for a while: speak what waits, up to the end of a word. Called again: all of it.
 
-        Mark-up whose end is missing (`[a link](htt`) goes on waiting for it, at most for some hundred characters.
+        What has no word goes, too, in one piece that is not speakable: nothing is held for long. Only mark-up whose end
+        is missing (`[a link](htt`) goes on waiting for it, at most for some hundred characters.
         """
         text = self._cleaner.text
-        length = len(text)
-        if not self._stalled and not self._cutter.is_whole(text):
+        length, again = len(text), self._stalled
+        if not again and not self._cutter.is_whole(text):
             space = _LAST_SPACE.search(text)
             length = space.end() if space else 0
         self._stalled = True
-        return list(self._take_all(length)) if _is_speakable(text[:length]) else []
+        if _is_speakable(text[:length]):
+            return list(self._take_all(length))
+        if self.pending and (again or not text):
+            self._cutter.skip()
+            return [self._take(len(text))]
+        return []
 
     def finish(self) -> list[Piece]:
         """The turn is final: the rest, so that all raw text is covered. Its last piece may have nothing to say."""

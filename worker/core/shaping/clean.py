@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 import regex
 
-from worker.core.shaping.pieces_markup import PICTURE, STARTS, WIDE, Clean, Pattern, grammar
+from worker.core.shaping.markup import PICTURE, STARTS, WIDE, Clean, Pattern, grammar
 
 _CLOSING = frozenset(".,;:!?…)]}%。、，；：！？）」』】”»")
 _BLOCK_TAGS = frozenset("br p li ul ol tr div h1 h2 h3 h4 h5 h6 hr table blockquote".split())
@@ -135,15 +135,13 @@ class Cleaner:
         pattern, probe = self._grammar.code if self._open else self._grammar.inline, at
         while start := STARTS.search(self._raw, probe):
             if token := pattern.match(self._raw, start.start()):
-                break
+                self._say(self._raw[at : token.start()], at)
+                return self._read_token(token)
             probe = start.end()  # plain after all
-        else:
-            self._say(self._raw[at:], at)
-            return len(self._raw)
-        self._say(self._raw[at : token.start()], at)
-        return self._read_token(token)
+        self._say(self._raw[at:], at)
+        return len(self._raw)
 
-    def _read_token(self, token: regex.Match[str]) -> int:
+    def _read_token(self, token: regex.Match[str]) -> int:  # noqa: C901, PLR0912 - a table: a case a kind of token
         at, found = token.start(), token[0]
         match token.lastgroup:
             case "wait":
@@ -271,7 +269,7 @@ class Cleaner:
             self.text = self.text[:-count]
             del self._origin[-count:]
 
-    def _become(self, at: int, *, line: str | None = None, open: str | None = None) -> None:
+    def _become(self, at: int, *, line: str | None = None, open: str | None = None) -> None:  # noqa: A002 - see MarkUp
         self._line = self._line if line is None else line
         self._open = self._open if open is None else open
         last = self._origin[-1] if self._origin else -1

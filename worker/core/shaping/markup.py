@@ -1,4 +1,4 @@
-"""The grammar of what is kept from the voice: patterns only; `pieces_clean` reads with them.
+"""The grammar of what is kept from the voice: patterns only; `clean` reads with them.
 
 Each part of `Clean` owns some tokens; of two tokens that begin at the same place, the one listed first wins. `MORE`
 stands for the end of what has arrived while the turn is open, `END` for the end of a final turn. A `wait` token says:

@@ -1,4 +1,4 @@
-"""The laws of `pieces`, over a corpus in many languages and over text made of everything that is hard."""
+"""The laws of `shaper`, over a corpus in many languages and over text made of everything that is hard."""
 
 import json
 import random
@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from worker.core.shaping.pieces import NEW_TURN, Piece, Shaper, Shaping, State
-from worker.core.shaping.pieces_clean import Cleaner
-from worker.core.shaping.pieces_cut import Cutting, Lengths
-from worker.core.shaping.pieces_markup import Clean
+from worker.core.shaping.clean import Cleaner
+from worker.core.shaping.cut import Cutting, Lengths
+from worker.core.shaping.markup import Clean
+from worker.core.shaping.shaper import NEW_TURN, Piece, Shaper, Shaping, State
 
 CORPUS = {file.stem: file.read_text(encoding="utf-8") for file in (Path(__file__).parent / "corpus").glob("*.md")}
 CHOPPINGS = 200  # of each text; 13 texts make 2,600
