@@ -9,9 +9,11 @@ from worker.amqp import inspection, link
 from worker.amqp.topology import Record
 from worker.avatar import rehearsal
 from worker.avatar.client import AvatarClient
+from worker.avatar.credentials import KsSource, NoKs
 from worker.core.finding import Finding
 from worker.core.work import Open
 from worker.errors import ConfigurationError
+from worker.flow.clock import SteadyClock
 from worker.ops.logs import redacted
 from worker.settings import Settings, TopologySettings, load
 
@@ -76,24 +78,32 @@ async def _broker(settings: TopologySettings, wanted: Record | None) -> AsyncIte
 
 async def _avatar(settings: Settings) -> AsyncIterator[Finding]:
     try:
-        ks = app.credentials(settings)
-        ks.current()
-    except ConfigurationError as error:
+        async with app.credentials(settings, SteadyClock()) as ks:
+            await ks.current()
+            yield Finding.ok("credentials", f"{_source(settings)}; whether it is accepted, `doctor --live` tells")
+            async with AvatarClient(app.api_of(settings), ks) as client:
+                yield await rehearsal.reach(client)
+    except (ConfigurationError, NoKs) as error:
         yield Finding.wrong("credentials", str(error))
-        return
-    source = "AVATAR_KS_FILE" if settings.avatar_ks_file else "AVATAR_KS"
-    yield Finding.ok("credentials", f"{source} holds a Kaltura Session; whether it is accepted, `doctor --live` tells")
-    async with AvatarClient(app.api_of(settings), ks) as client:
-        yield await rehearsal.reach(client)
+
+
+def _source(settings: Settings) -> str:
+    if settings.avatar_ks_file is not None:
+        return "AVATAR_KS_FILE holds a Kaltura Session"
+    return "AVATAR_KS holds a Kaltura Session" if settings.avatar_ks else "the KS service made a Kaltura Session"
 
 
 async def _rehearse(*, unasked: bool) -> AsyncIterator[Finding]:
     try:
         settings = load(Settings)
-        ks = app.credentials(settings)
+        async with app.credentials(settings, SteadyClock()) as ks:
+            async for finding in _rehearse_with(settings, ks, unasked=unasked):
+                yield finding
     except ConfigurationError:
         yield Finding.unchecked("live", "not before the settings and credentials are right")
-        return
+
+
+async def _rehearse_with(settings: Settings, ks: KsSource, *, unasked: bool) -> AsyncIterator[Finding]:
     if settings.avatar_id is None:
         yield Finding.unchecked("live", "set AVATAR_ID to the avatar that is to speak")
         return

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Protocol
 
-from schemas.events import Event
+from schemas.events import EndReason, Event
 from worker.core.memory import Changes, Ended, Memory
 from worker.core.model import CallResult, Entry, Misfit, Piece, ReplyTo, Session, Viewer
 from worker.core.verdict import Parked
@@ -112,13 +112,47 @@ class Outbox(Protocol):
         """Answer whoever asked, once; nobody waiting is normal."""
 
 
+class HeldState(StrEnum):
+    """How far a session in the store has come."""
+
+    READY = "ready"
+    ENDING = "ending"
+    """The API's end is about to be called, or was: nothing may be said any more."""
+    LOST = "lost"
+    """The API does not know it any more; kept to have another of its kind."""
+
+
 @dataclass(frozen=True, slots=True)
 class Held:
-    """A session in the store. `last_used` is when a command last used it, in epoch seconds."""
+    """A session in the store. `last_used` is when a command last used it, in epoch seconds; `reason`: why it ends."""
 
     conversation_id: str
     session: Session
     last_used: float
+    state: HeldState = HeldState.READY
+    reason: EndReason | None = None
+
+
+class Refusal(StrEnum):
+    """Why a session may not be created now."""
+
+    BUSY = "busy"
+    """Another worker is creating or ending one of this conversation."""
+    FULL = "full"
+    """There are as many as there may be; the conversation stands in line."""
+
+
+@dataclass(frozen=True, slots=True)
+class Slots:
+    """How many sessions the fleet may have at once, 0: any number; times in seconds.
+
+    One that may exist although nobody knows it counts for `ghost_s`. Whoever stands in line and does not ask again
+    within `patience_s` has left it.
+    """
+
+    limit: int = 0
+    ghost_s: float = 60.0
+    patience_s: float = 2.0
 
 
 class SessionStore(Protocol):
@@ -126,6 +160,10 @@ class SessionStore(Protocol):
 
     A session is *held* by one worker at a time, under a lease it renews; whoever serves the conversation takes it, and
     any worker adopts one whose lease has run out. Times are epoch seconds.
+
+        (waiting) → creating → ready → ending → (gone)
+                        │         └──→ lost
+                        └→ a ghost, if its worker died or the answer was lost
     """
 
     async def identity(self) -> str:
@@ -134,17 +172,37 @@ class SessionStore(Protocol):
     async def take(self, conversation_id: str, owner: str, until: float) -> Held | None:
         """The conversation's session, if there is one; it is held by `owner` from now on, whoever held it before."""
 
+    async def claim(
+        self, conversation_id: str, owner: str, now: float, until: float, slots: Slots
+    ) -> Held | Refusal | None:
+        """Before a session is created: None, `owner` may, and nobody else. Or the one that somebody has made."""
+
+    async def unclaim(self, conversation_id: str, owner: str, now: float, slots: Slots, *, ghost: bool) -> None:
+        """It was not created, or nobody knows (`ghost`). The conversation keeps its place in the line for a while."""
+
     async def put(self, held: Held, owner: str, until: float) -> None:
         """Keep a session, in place of any other of its conversation."""
 
     async def renew(self, held: Mapping[str, Held], owner: str, until: float) -> set[str]:
-        """Extend leases and note last uses, by conversation id; returns those that `owner` does not hold any more."""
+        """Extend leases and note last uses, by conversation id; returns those that `owner` does not hold any more.
 
-    async def adopt(self, owner: str, now: float, until: float) -> list[Held]:
-        """Hold every session whose lease has run out; returns them."""
+        A session that is being created has no id yet.
+        """
 
-    async def remove(self, held: Held, owner: str) -> bool:
-        """Forget the session. False, and nothing is changed: `owner` does not hold it, or it is another one by now."""
+    async def adopt(self, owner: str, now: float, until: float, slots: Slots) -> list[Held]:
+        """Hold every session whose lease has run out; returns them. What was being created then is a ghost."""
+
+    async def retire(self, held: Held, owner: str, reason: EndReason, unused_since: float | None = None) -> bool:
+        """From ready to ending. False, and nothing is changed: `owner` does not hold it, or it is another one by now.
+
+        Or it has been used after `unused_since`: no call that was intended meanwhile meets a session that ends.
+        """
+
+    async def lose(self, held: Held, owner: str) -> bool:
+        """The API does not know it any more; False as for `retire`."""
+
+    async def remove(self, held: Held, owner: str, ghost_until: float | None = None) -> bool:
+        """Forget the session; False as for `retire`. It may live on until then if nobody knows whether it ended."""
 
     async def release(self, owner: str) -> None:
         """Let go of all that `owner` holds: anybody may adopt it at once."""
@@ -155,7 +213,7 @@ class Grant(StrEnum):
 
     GRANTED = "granted"
     OUTDATED = "outdated"
-    """Somebody else has written about the conversation: look again."""
+    """Somebody else has written about the conversation, or its session has ended: look again."""
     REFUSED = "refused"
     """The partition has another owner."""
 
@@ -176,8 +234,13 @@ class Ledger(Protocol):
     async def known(self, conversation_id: str, message_ids: Sequence[str]) -> dict[str, Ended]:
         """Which of these commands have ended, and how."""
 
-    def intend(self, conversation_id: str, changes: Changes | None, partition: int, epoch: int) -> Awaitable[Grant]:
-        """Write before a call is made, if the partition is still owned and nobody else has written meanwhile."""
+    def intend(
+        self, conversation_id: str, changes: Changes | None, partition: int, epoch: int, session_id: str | None = None
+    ) -> Awaitable[Grant]:
+        """Write before a call is made, if the partition is still owned and nobody else has written meanwhile.
+
+        A call on a session demands that it be ready, too.
+        """
 
     def record(self, conversation_id: str, changes: Changes, *, outcome: bool) -> Awaitable[Grant]:
         """Write what has happened; if that is not granted, nothing is written, and what happens is another's to say.

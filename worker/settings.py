@@ -116,6 +116,14 @@ class Settings(SpeechSettings):
     )
 
     avatar_base_url: str = "https://api.avatar.us.kaltura.ai/v1/avatar-session"
+    kaltura_service_url: str = "https://www.kaltura.com"
+    kaltura_partner_id: Annotated[int | None, Field(ge=1)] = None
+    kaltura_app_token_id: str | None = None
+    kaltura_app_token: SecretStr | None = None
+    kaltura_app_token_hash: Literal["MD5", "SHA1", "SHA256", "SHA512"] = "SHA256"  # noqa: S105 - no token
+    kaltura_admin_secret: SecretStr | None = None
+    kaltura_ks_privileges: str = "disableentitlement"
+    kaltura_ks_expiry_s: Annotated[int, Field(ge=10)] = 86400
     avatar_ks_file: Path | None = None
     avatar_ks: Annotated[SecretStr | None, Field(validate_default=True)] = None
     avatar_id: str | None = None
@@ -134,6 +142,10 @@ class Settings(SpeechSettings):
 
     session_idle_s: Timeout = 300
     session_wait_s: Seconds = 10
+    session_on_lost: Literal["recreate", "fail"] = "recreate"
+    session_on_stop: Literal["keep", "end"] = "keep"
+    session_ghost_s: Seconds = 60
+    avatar_max_sessions: Annotated[int, Field(ge=0)] = 0
     session_end_wait_s: Seconds = 30
     keep_alive_s: Timeout = 10
 
@@ -153,7 +165,7 @@ class Settings(SpeechSettings):
             raise ValueError('must be a JSON object, e.g. {"clientId": "shop"}')
         return value
 
-    @field_validator("avatar_base_url")
+    @field_validator("avatar_base_url", "kaltura_service_url")
     @classmethod
     def _is_http(cls, value: str) -> str:
         _demand_url(value, ("http", "https"))
@@ -170,7 +182,7 @@ class Settings(SpeechSettings):
     @classmethod
     def _fits_a_header(cls, value: SecretStr | None, info: ValidationInfo) -> SecretStr | None:
         if value is None and info.data.get("avatar_ks_file") is None:
-            raise ValueError("missing; set it to a Kaltura Session, or AVATAR_KS_FILE to a file with one")
+            _demand_account(info.data)
         ks = value.get_secret_value().strip() if value else None
         if ks is not None and not (ks and ks.isascii() and ks.isprintable() and " " not in ks):
             raise ValueError("must be printable ASCII without blanks")
@@ -192,6 +204,7 @@ class Settings(SpeechSettings):
             max_age_s=self.speech_max_age_s,
             ambiguous=self.ambiguous_say,
             ambiguous_wait_s=self.ambiguous_wait_ms / 1000,
+            on_lost=self.session_on_lost,
             session_wait_s=self.session_wait_s,
             session_end_wait_s=self.session_end_wait_s,
             default_avatar=self.avatar_id,
@@ -214,6 +227,21 @@ def load(kind: type[_S]) -> _S:
         ]
         text = "\n".join(line.replace("Value error, ", "") for line in lines)
         raise ConfigurationError(f"wrong or missing settings:\n{text}") from None
+
+
+def _demand_account(given: dict[str, Any]) -> None:
+    """Without a Kaltura Session there must be what it takes to ask for one."""
+    names = ("kaltura_partner_id", "kaltura_app_token_id", "kaltura_app_token", "kaltura_admin_secret")
+    partner_id, token_id, token, secret = (given.get(name) is not None for name in names)
+    if not (partner_id or token_id or token or secret):
+        raise ValueError(
+            "missing; set it to a Kaltura Session, or AVATAR_KS_FILE to a file with one, or KALTURA_PARTNER_ID, "
+            "KALTURA_APP_TOKEN_ID and KALTURA_APP_TOKEN to ask for one"
+        )
+    if not partner_id:
+        raise ValueError("missing, and without KALTURA_PARTNER_ID none can be asked for")
+    if not (token_id and token) and (not secret or token_id or token):
+        raise ValueError("missing, and KALTURA_APP_TOKEN_ID and KALTURA_APP_TOKEN belong together")
 
 
 def _demand_url(value: str, schemes: tuple[str, ...]) -> None:

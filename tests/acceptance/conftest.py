@@ -36,6 +36,7 @@ SETTINGS = (
         "FLOW_",
         "HEARTBEAT_",
         "INTERRUPT_",
+        "KALTURA_",
         "KEEP_",
         "LEDGER_",
         "LLM_",
@@ -66,6 +67,14 @@ class Simulator:
 
     async def fault(self, **fault: object) -> None:
         await self._ask("POST", "faults", fault)
+
+    async def clear(self) -> None:
+        """No more faults."""
+        await self._ask("DELETE", "faults")
+
+    async def post(self, path: str) -> dict[str, Any]:
+        """Any control route that takes nothing."""
+        return await self._ask("POST", path)
 
     async def release(self) -> None:
         """Let all calls that hang go."""

@@ -84,6 +84,30 @@ async def test_all_wrong_settings_are_named_at_once(trap: str, tmp_path: Path) -
     assert {"PARTITIONS", "OPS_PORT"} <= {line.partition(":")[0] for line in found.err.splitlines()}
 
 
+@pytest.mark.parametrize(
+    ("given", "missing"),
+    [
+        ({}, "KALTURA_APP_TOKEN"),
+        ({"KALTURA_APP_TOKEN": SECRET, "KALTURA_APP_TOKEN_ID": "0_a"}, "KALTURA_PARTNER_ID"),
+        ({"KALTURA_ADMIN_SECRET": SECRET}, "KALTURA_PARTNER_ID"),
+        ({"KALTURA_PARTNER_ID": "101"}, "KALTURA_APP_TOKEN"),
+        ({"KALTURA_PARTNER_ID": "101", "KALTURA_APP_TOKEN": SECRET}, "KALTURA_APP_TOKEN_ID"),
+        (
+            {"KALTURA_PARTNER_ID": "101", "KALTURA_APP_TOKEN_ID": "0_a", "KALTURA_ADMIN_SECRET": SECRET},
+            "KALTURA_APP_TOKEN",
+        ),
+    ],
+)
+async def test_what_is_missing_to_ask_for_a_kaltura_session_is_named(
+    trap: str, tmp_path: Path, given: dict[str, str], missing: str
+) -> None:
+    found = await run(trap, tmp_path, AVATAR_KS="", **given)
+    assert found.code == 2
+    (line,) = [line for line in found.err.splitlines() if line.startswith("AVATAR_KS: ")]
+    assert missing in line
+    assert SECRET not in found.err + found.out
+
+
 async def test_a_port_that_is_taken_is_named(trap: str, tmp_path: Path) -> None:
     found = await run(trap, tmp_path, OPS_HOST="127.0.0.1", OPS_PORT=trap.partition(":")[2])
     assert found.code == 2

@@ -13,7 +13,7 @@ from tests.contract.test_ledger import attempting, changes, outcome
 from tests.support.fakes import FakeClock, until
 from worker.core.memory import State
 from worker.core.model import Session
-from worker.ports import Grant, Held
+from worker.ports import Grant, Held, Slots
 from worker.stores import database as module
 from worker.stores.backend import Contended, Unreachable, Work
 from worker.stores.database import Database
@@ -271,7 +271,7 @@ class TestTwoWorkers:
         await asyncio.gather(*(ours.put(one, "w1", 10.0) for one in held.values()))
         for now in range(20, 120, 10):
             lost, adopted = await asyncio.gather(
-                ours.renew(held, "w1", now + 5.0), theirs.adopt("w2", float(now), now + 5.0)
+                ours.renew(held, "w1", now + 5.0), theirs.adopt("w2", float(now), now + 5.0, Slots())
             )
             assert lost == {one.conversation_id for one in adopted}
             await asyncio.gather(*(ours.take(one, "w1", now + 5.0) for one in held))

@@ -11,16 +11,20 @@ from typing import Any, Self
 
 import pytest
 
+from schemas.events import EndReason
+from tests.support.fakes import FakeClock
 from worker.core.model import Session, Viewer
 from worker.errors import ConfigurationError
-from worker.ports import Held, SessionStore
+from worker.ports import Grant, Held, HeldState, Refusal, SessionStore, Slots
 from worker.stores.database import Database
+from worker.stores.ledger import SqlLedger
 from worker.stores.sessions import SqlSessions
 
 FULL = Session(
     "s1", "secret-token", "ann", "v1", 1.25, attached=True, viewer=Viewer("https://whep/ü", {"credential": "c", "n": 1})
 )
 BARE = Session("s2", "t2")
+SLOTS = Slots()
 
 
 class OpenedSessions(SqlSessions):
@@ -73,16 +77,16 @@ class TestEveryStore:
         await store.put(held(), "w1", 200.0)
         assert await store.take("c1", "w2", 300.0) == held()
         assert await store.renew({"c1": held()}, "w1", 400.0) == {"c1"}
-        assert await store.adopt("w3", 299.0, 500.0) == []
-        assert await store.adopt("w3", 301.0, 500.0) == [held()]
+        assert await store.adopt("w3", 299.0, 500.0, SLOTS) == []
+        assert await store.adopt("w3", 301.0, 500.0, SLOTS) == [held()]
 
     async def test_renewing_extends_the_lease_and_notes_the_last_use(self, store: SessionStore) -> None:
         await store.put(held("c1"), "w1", 200.0)
         await store.put(held("c2", BARE), "w1", 200.0)
         used = {"c1": held("c1", last_used=180.0), "c2": held("c2", BARE)}
         assert await store.renew(used, "w1", 400.0) == set()
-        assert await store.adopt("w2", 399.0, 500.0) == []
-        assert {one.conversation_id: one.last_used for one in await store.adopt("w2", 401.0, 500.0)} == {
+        assert await store.adopt("w2", 399.0, 500.0, SLOTS) == []
+        assert {one.conversation_id: one.last_used for one in await store.adopt("w2", 401.0, 500.0, SLOTS)} == {
             "c1": 180.0,
             "c2": 100.0,
         }
@@ -104,9 +108,9 @@ class TestEveryStore:
     async def test_only_leases_that_have_run_out_are_adopted_and_once(self, store: SessionStore) -> None:
         await store.put(held("c1"), "w1", 200.0)
         await store.put(held("c2"), "w1", 300.0)
-        assert await store.adopt("w2", 200.0, 400.0) == []
-        assert await store.adopt("w2", 250.0, 400.0) == [held("c1")]
-        assert await store.adopt("w3", 250.0, 400.0) == []
+        assert await store.adopt("w2", 200.0, 400.0, SLOTS) == []
+        assert await store.adopt("w2", 250.0, 400.0, SLOTS) == [held("c1")]
+        assert await store.adopt("w3", 250.0, 400.0, SLOTS) == []
 
     async def test_removing_compares_owner_and_session(self, store: SessionStore) -> None:
         await store.put(held(), "w1", 200.0)
@@ -121,7 +125,7 @@ class TestEveryStore:
         await store.put(held("c1"), "w1", 200.0)
         await store.put(held("c2"), "w2", 200.0)
         await store.release("w1")
-        assert await store.adopt("w3", 100.0, 300.0) == [held("c1")]
+        assert await store.adopt("w3", 100.0, 300.0, SLOTS) == [held("c1")]
 
     async def test_ids_are_text_whatever_they_look_like(self, store: SessionStore) -> None:
         for name in ("007", "7", "1e3", "a'b;--", "c" * 128):
@@ -140,12 +144,12 @@ class TestEveryStore:
         async def life(n: int) -> bool:
             mine = held(f"c{n}", replace(BARE, session_id=f"s{n}"))
             await store.put(mine, "w1", 200.0)
-            await store.adopt("w2", 100.0, 300.0)
+            await store.adopt("w2", 100.0, 300.0, SLOTS)
             await store.renew({f"c{n}": mine}, "w1", 250.0)
             return await store.take(f"c{n}", "w1", 200.0) == mine and await store.remove(mine, "w1")
 
         assert all(await asyncio.gather(*(life(n) for n in range(40))))
-        assert await store.adopt("w3", 1000.0, 2000.0) == []
+        assert await store.adopt("w3", 1000.0, 2000.0, SLOTS) == []
 
     async def test_a_caller_that_is_cancelled_leaves_it_usable(self, store: SessionStore) -> None:
         tasks = [asyncio.create_task(store.put(held(f"c{n}"), "w1", 200.0)) for n in range(20)]
@@ -202,14 +206,16 @@ class TestShared:
     async def test_two_adopt_each_session_once(self, workers: tuple[SessionStore, SessionStore]) -> None:
         for n in range(30):
             await workers[0].put(held(f"c{n}"), "dead", 100.0)
-        adopted = await asyncio.gather(*(store.adopt(f"w{n}", 200.0, 300.0) for n, store in enumerate(workers * 3)))
+        adopted = await asyncio.gather(
+            *(store.adopt(f"w{n}", 200.0, 300.0, SLOTS) for n, store in enumerate(workers * 3))
+        )
         assert sorted(one.conversation_id for some in adopted for one in some) == sorted(f"c{n}" for n in range(30))
 
     async def test_both_write_at_the_same_time(self, workers: tuple[SessionStore, SessionStore]) -> None:
         await asyncio.gather(
             *(store.put(held(f"c{n}-{i}"), f"w{i}", 100.0) for i, store in enumerate(workers) for n in range(50))
         )
-        assert len(await workers[0].adopt("w3", 200.0, 300.0)) == 100
+        assert len(await workers[0].adopt("w3", 200.0, 300.0, SLOTS)) == 100
 
     async def test_a_fleet_may_start_all_at_once(self, shared_url: str) -> None:
         stores = await asyncio.gather(*(OpenedSessions.open(shared_url) for _ in range(16)))
@@ -283,3 +289,166 @@ async def test_memory_is_not_shared_but_called_the_same() -> None:
     assert await one.identity() == await two.identity() == "memory"
     await one.close()
     await two.close()
+
+
+def slots(limit: int = 0, **fields: float) -> Slots:
+    return Slots(limit, **fields)
+
+
+async def claimed(
+    store: SessionStore, conversation_id: str, now: float = 100.0, limit: int = 0, by: str = "w1"
+) -> object:
+    return await store.claim(conversation_id, by, now, now + 6, slots(limit))
+
+
+class TestClaims:
+    """Before a session is created its row is claimed; what is cut in between is a ghost for a while."""
+
+    async def test_one_claims_the_other_waits_and_finds_what_was_made(self, store: SessionStore) -> None:
+        assert await claimed(store, "c1") is None
+        assert await claimed(store, "c1", by="w2") is Refusal.BUSY
+        assert await store.take("c1", "w2", 200.0) is None, "there is none yet"
+        await store.put(held(), "w1", 200.0)
+        assert await claimed(store, "c1", by="w2") == held()
+        assert await store.renew({"c1": held()}, "w1", 300.0) == {"c1"}, "it is the other's now"
+
+    async def test_ten_at_once_one_creates(self, store: SessionStore) -> None:
+        found = await asyncio.gather(*(claimed(store, "c1", by=f"w{n}") for n in range(10)))
+        assert sorted(map(str, found)) == ["None", *["busy"] * 9]
+
+    async def test_a_claim_is_renewed_while_the_api_is_called(self, store: SessionStore) -> None:
+        await claimed(store, "c1")
+        under_way = Held("c1", Session("", ""), 0.0)
+        assert await store.renew({"c1": under_way}, "w1", 300.0) == set()
+        assert await claimed(store, "c1", now=299.0, by="w2") is Refusal.BUSY
+
+    async def test_a_claim_whose_worker_died_is_another_s_and_its_ghost_keeps_a_slot(self, store: SessionStore) -> None:
+        await claimed(store, "c1", limit=1)
+        assert await claimed(store, "c1", now=107.0, limit=1, by="w2") is Refusal.FULL
+        assert await claimed(store, "c1", now=159.0, limit=1, by="w2") is Refusal.FULL
+        assert await claimed(store, "c1", now=161.0, limit=1, by="w2") is None
+
+    async def test_a_worker_that_starts_again_under_its_name_needs_no_patience(self, store: SessionStore) -> None:
+        await claimed(store, "c1", limit=2)
+        assert await claimed(store, "c1", now=101.0, limit=2) is None
+        assert await claimed(store, "c2", now=102.0, limit=2) is Refusal.FULL, "there may be two"
+
+    async def test_adoption_makes_a_ghost_of_it(self, store: SessionStore) -> None:
+        await claimed(store, "c1", limit=1)
+        assert await store.adopt("w2", 110.0, 116.0, SLOTS) == []
+        assert await claimed(store, "c2", now=111.0, limit=1) is Refusal.FULL
+        assert await claimed(store, "c2", now=161.0, limit=1) is None
+
+    @pytest.mark.parametrize("ghost", [False, True])
+    async def test_what_was_not_created_is_given_back(self, store: SessionStore, ghost: bool) -> None:
+        await claimed(store, "c1", limit=2)
+        await store.unclaim("c1", "w1", 100.0, slots(2), ghost=ghost)
+        assert await claimed(store, "c2", now=103.0, limit=2) is None
+        assert await claimed(store, "c3", now=103.0, limit=2) is (Refusal.FULL if ghost else None)
+
+    async def test_only_one_s_own_claim_is_given_back(self, store: SessionStore) -> None:
+        await claimed(store, "c1")
+        await store.unclaim("c1", "w2", 100.0, SLOTS, ghost=True)
+        assert await claimed(store, "c1", by="w2") is Refusal.BUSY
+
+
+class TestSlots:
+    async def test_all_states_that_may_be_alive_count(self, store: SessionStore) -> None:
+        await store.put(held("ready"), "w1", 200.0)
+        await store.put(held("ending"), "w1", 200.0)
+        await store.retire(held("ending"), "w1", EndReason.IDLE)
+        await store.put(held("lost"), "w1", 200.0)
+        assert await store.lose(held("lost"), "w1")
+        await claimed(store, "creating")
+        assert await claimed(store, "c1", limit=3) is Refusal.FULL
+        assert await claimed(store, "c1", limit=4) is None
+
+    @pytest.mark.parametrize("limit", [1, 5])
+    async def test_never_more_whoever_asks(self, store: SessionStore, limit: int) -> None:
+        asked = (claimed(store, f"c{n}", limit=limit, by=f"w{n % 3}") for n in range(20))
+        assert (await asyncio.gather(*asked)).count(None) == limit
+
+    async def test_in_order_of_arrival(self, store: SessionStore) -> None:
+        await store.put(held("taken"), "w1", 200.0)
+        for n in range(3):
+            assert await claimed(store, f"c{n}", now=100.0 + n / 10, limit=1) is Refusal.FULL
+        await store.remove(held("taken"), "w1")
+        assert await claimed(store, "c2", now=101.0, limit=1) is Refusal.FULL
+        assert await claimed(store, "c1", now=101.0, limit=1) is Refusal.FULL
+        assert await claimed(store, "c0", now=101.0, limit=1) is None
+
+    async def test_who_has_left_the_line_holds_nobody_up(self, store: SessionStore) -> None:
+        await store.put(held("taken"), "w1", 200.0)
+        await claimed(store, "c0", limit=1)
+        await store.remove(held("taken"), "w1")
+        assert await claimed(store, "c1", now=101.0, limit=1) is Refusal.FULL
+        assert await claimed(store, "c1", now=102.5, limit=1) is None
+
+    async def test_one_that_could_not_be_ended_keeps_its_slot_for_a_while(self, store: SessionStore) -> None:
+        await store.put(held(), "w1", 200.0)
+        assert await store.remove(held(), "w1", 160.0)
+        assert await claimed(store, "c2", now=159.0, limit=1) is Refusal.FULL
+        assert await claimed(store, "c2", now=160.5, limit=1) is None
+
+
+class TestEnding:
+    async def test_only_a_ready_one_of_one_s_own_is_retired(self, store: SessionStore) -> None:
+        await store.put(held(), "w1", 200.0)
+        assert not await store.retire(held(), "w2", EndReason.IDLE)
+        assert not await store.retire(held(session=BARE), "w1", EndReason.IDLE)
+        assert await store.retire(held(), "w1", EndReason.IDLE)
+        assert not await store.retire(held(), "w1", EndReason.REQUESTED)
+        found = await store.take("c1", "w2", 300.0)
+        assert found is not None
+        assert (found.state, found.reason) == (HeldState.ENDING, EndReason.IDLE)
+        assert await claimed(store, "c1", by="w2") is Refusal.BUSY, "one at a time"
+
+    async def test_one_that_is_being_ended_is_adopted_to_be_ended(self, store: SessionStore) -> None:
+        await store.put(held(), "w1", 200.0)
+        await store.retire(held(), "w1", EndReason.IDLE)
+        (found,) = await store.adopt("w2", 201.0, 300.0, SLOTS)
+        assert (found.state, found.reason) == (HeldState.ENDING, EndReason.IDLE)
+        assert await store.remove(found, "w2")
+
+    async def test_a_lost_one_is_remembered_without_its_token(self, store: SessionStore) -> None:
+        await store.put(held(), "w1", 200.0)
+        assert not await store.lose(held(), "w2")
+        assert await store.lose(held(), "w1")
+        found = await store.take("c1", "w2", 300.0)
+        assert found is not None
+        assert (found.state, found.session.avatar_id, found.session.voice_id) == (HeldState.LOST, "ann", "v1")
+        assert (found.session.token, found.session.viewer) == ("", None)
+        assert await store.adopt("w3", 1000.0, 2000.0, SLOTS) == [], "there is nothing to keep alive"
+        assert await claimed(store, "c1") is None
+
+
+class TestIntents:
+    """No call that was intended meets a session that ends, and none is intended on one that does."""
+
+    async def intend(self, database: Database, clock: FakeClock, session_id: str | None) -> Grant:
+        ledger = SqlLedger(database, clock)
+        epoch = await ledger.raise_epoch(0)
+        memory = await ledger.recall("c1")
+        memory.update(busy_until=clock())
+        return await ledger.intend("c1", memory.take_changes(), 0, epoch, session_id)
+
+    async def test_a_call_demands_its_session_to_be_ready(self) -> None:
+        database, clock = await Database.open("sqlite://"), FakeClock(100.0)
+        store = SqlSessions(database)
+        assert await self.intend(database, clock, "s1") is Grant.OUTDATED
+        await store.put(held(), "w1", 200.0)
+        assert await self.intend(database, clock, "other") is Grant.OUTDATED
+        assert await self.intend(database, clock, "s1") is Grant.GRANTED
+        await store.retire(held(), "w1", EndReason.IDLE)
+        assert await self.intend(database, clock, "s1") is Grant.OUTDATED
+        assert await self.intend(database, clock, None) is Grant.GRANTED
+        await database.close()
+
+    async def test_one_that_was_used_is_not_idle(self) -> None:
+        database, clock = await Database.open("sqlite://"), FakeClock(100.0)
+        store = SqlSessions(database)
+        await store.put(held(), "w1", 200.0)
+        await self.intend(database, clock, "s1")
+        assert not await store.retire(held(), "w1", EndReason.IDLE, unused_since=99.0)
+        assert await store.retire(held(), "w1", EndReason.IDLE, unused_since=100.0)
+        await database.close()

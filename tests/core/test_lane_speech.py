@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from schemas.events import EndReason
 from tests.support.conversation import (
     GONE,
     NOT_TAKEN,
@@ -369,9 +370,10 @@ class TestOutcomes:
         assert talk.interrupted(UNKNOWN).waits() == 1.0
         assert talk.forget().offer(speak("t2", "b")).waits() == 1.0, "nor may a successor"
 
-    def test_gone_fails_the_turn_tells_the_loss_and_the_next_turn_gets_a_new_session(self) -> None:
+    def test_gone_fails_the_turn_where_sessions_are_not_recreated_and_the_next_turn_gets_a_new_one(self) -> None:
         chunk = speak("t1", "a")
-        talk = Conversation().offer(chunk, speak("t2", "b", final=True)).settle(GONE)
+        rules = replace(RULES, on_lost="fail")
+        talk = Conversation(rules).offer(chunk, speak("t2", "b", final=True)).settle(GONE)
         assert talk.ends(chunk) == ["speech.failed session_lost"]
         assert talk.of("session.ended") == [{"commandIds": [], "sessionId": "s1", "reason": "lost"}]
         assert [type(call) for call in talk.calls] == [Say, Open, Say]
@@ -433,7 +435,7 @@ class TestLostConnection:
         assert talk.waits() > 0
         start = entry(type="session.start", avatarId="bob")
         talk.forget().offer(start).settle()
-        assert Close(last_attempt=False) in talk.calls
+        assert Close(False, EndReason.REPLACED) in talk.calls
         assert talk.of("session.ended")[0]["reason"] == "replaced"
         assert talk.ends(start) == ["session.ready"]
 

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import pytest
+import sqlalchemy as sa
 
 from schemas.events import Event
 from tests.support.conversation import RULES, entry, wire
-from tests.support.fakes import FakeApi, FakeClock, FakeDelivery, FakeOutbox, FakeStore, FakeTenure, idle, until
+from tests.support.fakes import FakeApi, FakeClock, FakeDelivery, FakeOutbox, FakeTenure, idle, until
 from worker.core.memory import Changes, Ended, Memory
 from worker.core.model import CallResult, Entry, ReplyTo, Session, Viewer
 from worker.core.work import Call, Rules
@@ -21,10 +22,12 @@ from worker.flow.desk import Desk
 from worker.flow.keeper import Keeper
 from worker.flow.lanes import Lanes
 from worker.flow.settler import Settler
-from worker.ports import Grant
+from worker.ports import Grant, Slots
 from worker.stores.backlog import SqlBacklog
 from worker.stores.database import Database
 from worker.stores.ledger import SqlLedger
+from worker.stores.sessions import SqlSessions
+from worker.stores.tables import ghosts, sessions
 
 _T = TypeVar("_T")
 
@@ -43,8 +46,10 @@ class HeldLedger(SqlLedger):
     async def known(self, conversation_id: str, message_ids: Sequence[str]) -> dict[str, Ended]:
         return await self._hold("known", super().known(conversation_id, message_ids))
 
-    def intend(self, conversation_id: str, changes: Changes | None, partition: int, epoch: int) -> asyncio.Task[Grant]:
-        asked = super().intend(conversation_id, changes, partition, epoch)
+    def intend(
+        self, conversation_id: str, changes: Changes | None, partition: int, epoch: int, session_id: str | None = None
+    ) -> asyncio.Task[Grant]:
+        asked = super().intend(conversation_id, changes, partition, epoch, session_id)
         return asyncio.create_task(self._hold("intend", asked))
 
     def record(self, conversation_id: str, changes: Changes, *, outcome: bool) -> asyncio.Task[Grant]:
@@ -59,21 +64,59 @@ class HeldLedger(SqlLedger):
         return answer
 
 
+class BreakableDatabase:
+    """A way to the database that can be out of reach."""
+
+    def __init__(self, database: Database) -> None:
+        self.broken = False
+        self._database = database
+
+    def __getattr__(self, name: str) -> Any:
+        if self.broken:
+            raise OSError("out of reach")
+        return getattr(self._database, name)
+
+
+class HeldStore(SqlSessions):
+    """A session store that a test may look into, and put out of reach."""
+
+    def __init__(self, database: Database) -> None:
+        self.way = BreakableDatabase(database)
+        self._all = database
+        super().__init__(self.way)  # type: ignore[arg-type]  # it stands in for one
+
+    async def rows(self) -> dict[str, Any]:
+        """The rows that take a slot, by conversation."""
+        query = sa.select(sessions).where(sessions.c.state.in_(("creating", "ready", "ending")))
+        return {row.conversation_id: row for row in await self._all.read(lambda one: one.execute(query).all())}
+
+    async def change(self, conversation_id: str, **values: object) -> None:
+        """Somebody else writes."""
+        mine = sessions.c.conversation_id == conversation_id
+        await self._all.write(lambda one: one.execute(sa.update(sessions).where(mine).values(values)), "test")
+
+    async def ghosts(self) -> int:
+        """How many sessions may exist that nobody knows."""
+        query = sa.select(sa.func.count()).select_from(ghosts)
+        return int(await self._all.read(lambda one: one.execute(query).scalar_one()))
+
+
 @dataclass
 class Flow:
     """Everything between the broker and the API. Several may share a database and a store, as workers do."""
 
     database: Database
-    store: FakeStore = field(default_factory=FakeStore)
     owner: str = "w1"
     clock: FakeClock = field(default_factory=FakeClock)
     rules: Rules = RULES
+    slots: Slots = field(default_factory=Slots)
 
     def __post_init__(self) -> None:
         self.api = FakeApi()
         self.outbox = FakeOutbox()
         self.settler = Settler(self.outbox)
-        self.desk = Desk(self.api, self.store, self.owner, self.clock)
+        self.store = HeldStore(self.database)
+        self.desk = Desk(self.api, self.store, self.owner, self.clock, self.slots)
         self.ledger = HeldLedger(self.database, self.clock)
         self.lanes = Lanes(
             self.rules,
@@ -91,6 +134,7 @@ class Flow:
             idle_s=300,
             is_served=self.lanes.is_served,
             submit=self.settler.submit,
+            renew=self.lanes.renew,
         )
         self.deliveries: list[FakeDelivery] = []
         self.entries: list[Entry] = []
@@ -179,12 +223,11 @@ class Fleet:
     def __init__(self, database: Database, stack: AsyncExitStack) -> None:
         self._database = database
         self._stack = stack
-        self._store = FakeStore()
         self._clock = FakeClock()
 
-    def join(self, owner: str, rules: Rules = RULES) -> Flow:
+    def join(self, owner: str, rules: Rules = RULES, slots: Slots | None = None) -> Flow:
         """Another worker."""
-        one = Flow(self._database, self._store, owner, self._clock, rules)
+        one = Flow(self._database, owner, self._clock, rules, slots or Slots())
         self._stack.push_async_callback(one.close)
         return one
 

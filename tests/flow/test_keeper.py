@@ -94,7 +94,7 @@ async def test_a_session_found_gone_is_told_as_lost_once(flow: Flow) -> None:
     flow.api.results["keep_alive"] = [GONE]
     await passing(flow, 30)
     assert keep_alives(flow) == 1
-    assert not flow.store.rows
+    assert not await flow.store.rows()
     ((_, event),) = flow.outbox.log
     assert (event.type, event.data.reason, event.data.command_ids) == ("avatar.session.ended", "lost", ())
 
@@ -122,7 +122,7 @@ class TestIdle:
         assert "end" not in flow.api.verbs()
         await passing(flow, 1)
         assert flow.api.verbs()[-1] == "end"
-        assert not flow.store.rows
+        assert not await flow.store.rows()
         ((_, event),) = flow.outbox.log
         assert (event.data.reason, event.data.session_id) == ("idle", "s1")
 
@@ -154,12 +154,11 @@ class TestIdle:
     async def test_one_that_another_worker_took_is_not_ours_to_end(self, flow: Flow) -> None:
         await flow.call("c1", OPEN)
         flow.clock.now += 400
-        held, _, _ = flow.store.rows["c1"]
-        flow.store.rows["c1"] = (held, "w2", flow.clock() + 60)
+        await flow.store.change("c1", owner="w2", lease_until=flow.clock() + 60)
         flow.keeper._mind_sessions()
         await asyncio.wait(list(flow.keeper._busy.values()))
         assert "end" not in flow.api.verbs()
-        assert "c1" in flow.store.rows
+        assert "c1" in await flow.store.rows()
         assert flow.outbox.told == []
 
 
@@ -172,7 +171,7 @@ class TestLeases:
             await flow.tick()
             await other.tick()
         assert not other.desk.leases
-        assert flow.store.rows["c1"][1] == "w1"
+        assert (await flow.store.rows())["c1"].owner == "w1"
 
     async def test_the_sessions_of_a_dead_worker_are_adopted_before_the_api_misses_it(
         self, flow: Flow, fleet: Fleet
@@ -190,7 +189,7 @@ class TestLeases:
             await flow.tick()
             flow.clock.now += 1
         assert flow.clock() - last_success < 20
-        assert flow.store.rows["c1"][1] == "w1"
+        assert (await flow.store.rows())["c1"].owner == "w1"
         assert set(flow.desk.leases) == {"c1"}
 
     async def test_released_sessions_are_adopted_at_once(self, flow: Flow, fleet: Fleet) -> None:
@@ -222,13 +221,13 @@ class TestLeases:
 
     async def test_sessions_are_kept_alive_while_the_store_is_out_of_reach(self, flow: Flow) -> None:
         await flow.call("c1", OPEN)
-        flow.store.broken = True
+        flow.store.way.broken = True
         await passing(flow, 30)
         assert keep_alives(flow) >= 2
-        flow.store.broken = False
+        flow.store.way.broken = False
         await passing(flow, 1)
         assert set(flow.desk.leases) == {"c1"}
-        assert flow.store.rows["c1"][2] > flow.clock()
+        assert (await flow.store.rows())["c1"].lease_until > flow.clock()
 
 
 async def test_it_runs_until_cancelled_and_leaves_nothing_behind(flow: Flow, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,11 +87,11 @@ async def test_a_lane_that_crashes_is_rebuilt_and_its_neighbours_never_notice(
 
 
 async def test_a_store_out_of_reach_is_waited_for(flow: Flow) -> None:
-    flow.store.broken = True
+    flow.store.way.broken = True
     flow.speak("a")
     await flow.quiet()
     assert flow.api.calls == []
-    flow.store.broken = False
+    flow.store.way.broken = False
     await flow.all_settled()
     assert flow.api.said == ["a"]
 
@@ -182,7 +182,7 @@ class TestStop:
 
     async def test_a_lane_in_its_pause_after_a_crash_stops_at_once(self, flow: Flow, monkeypatch: Any) -> None:
         monkeypatch.setattr("worker.flow.runner.PAUSE_S", 3600)
-        flow.store.broken = True
+        flow.store.way.broken = True
         flow.speak("a")
         await flow.quiet()
         async with asyncio.timeout(2):

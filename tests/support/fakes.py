@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
 
@@ -11,7 +11,7 @@ from worker.core.model import CallKind, CallResult, Entry, Misfit, Piece, ReplyT
 from worker.core.verdict import Parked
 from worker.core.work import Open
 from worker.errors import LinkLost
-from worker.ports import Delivery, Held, Ledger
+from worker.ports import Delivery, Ledger
 
 OK = CallResult(CallKind.OK, 200)
 DEADLINE_S = 5.0
@@ -197,70 +197,3 @@ class FakeDelivery:
         self.settled += 1
         self.outbox.log.append(("settle", self.name))
         return True
-
-
-@dataclass
-class FakeStore:
-    """A session store in a dict that can be out of reach. Several owners may share one."""
-
-    rows: dict[str, tuple[Held, str, float]] = field(default_factory=dict)
-    broken: bool = False
-    puts: int = 0
-
-    def _check(self) -> None:
-        if self.broken:
-            raise OSError("out of reach")
-
-    async def identity(self) -> str:
-        return "fake"
-
-    async def take(self, conversation_id: str, owner: str, until: float) -> Held | None:
-        await asyncio.sleep(0)
-        self._check()
-        if conversation_id not in self.rows:
-            return None
-        held, _, _ = self.rows[conversation_id]
-        self.rows[conversation_id] = (held, owner, until)
-        return held
-
-    async def put(self, held: Held, owner: str, until: float) -> None:
-        await asyncio.sleep(0)
-        self._check()
-        self.puts += 1
-        self.rows[held.conversation_id] = (held, owner, until)
-
-    async def renew(self, held: Mapping[str, Held], owner: str, until: float) -> set[str]:
-        await asyncio.sleep(0)
-        self._check()
-        lost = set()
-        for conversation_id, one in held.items():
-            row = self.rows.get(conversation_id)
-            if row is None or row[1] != owner or row[0].session.session_id != one.session.session_id:
-                lost.add(conversation_id)
-            else:
-                self.rows[conversation_id] = (replace(row[0], last_used=one.last_used), owner, until)
-        return lost
-
-    async def adopt(self, owner: str, now: float, until: float) -> list[Held]:
-        await asyncio.sleep(0)
-        self._check()
-        stale = [held for held, _, lease in self.rows.values() if lease < now]
-        for held in stale:
-            self.rows[held.conversation_id] = (held, owner, until)
-        return stale
-
-    async def remove(self, held: Held, owner: str) -> bool:
-        self._check()
-        row = self.rows.get(held.conversation_id)
-        if row is None or row[1] != owner or row[0].session.session_id != held.session.session_id:
-            return False
-        del self.rows[held.conversation_id]
-        return True
-
-    async def release(self, owner: str) -> None:
-        for conversation_id, (held, holder, _) in self.rows.items():
-            if holder == owner:
-                self.rows[conversation_id] = (held, owner, 0.0)
-
-    async def close(self) -> None:
-        pass

@@ -4,7 +4,9 @@ Only what was surely not taken may be tried again freely; where nobody can know,
 """
 
 import email.utils
+import json
 import time
+from typing import Any
 
 import aiohttp
 
@@ -41,6 +43,14 @@ def of_answer(status: int, document: object, retry_after: str | None, *, creatin
     else:
         kind = CallKind.REFUSED
     return CallResult(kind, status, _seconds(retry_after), error or f"HTTP {status}")
+
+
+def parsed(body: bytes) -> Any:
+    """The body of an answer; None where it is not JSON."""
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError):
+        return None
 
 
 def of_exception(error: Exception) -> CallResult:

@@ -7,7 +7,8 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 from itertools import product
 
-from worker.avatar.client import Api, AvatarClient, KsSource
+from worker.avatar.client import Api, AvatarClient
+from worker.avatar.credentials import KsSource
 from worker.core.finding import Finding
 from worker.core.model import CallKind, CallResult, Piece
 from worker.core.work import Open
@@ -44,7 +45,7 @@ async def rehearse(api: Api, ks: KsSource, wanted: Open) -> AsyncIterator[Findin
                 working.append(form)
                 result = await client.end(session)
             item = f"create, {form.create_path or 'bare base'}, {form.avatar_field}"
-            yield _told(item, result, needed=form == api, secret=ks.current())
+            yield _told(item, result, needed=form == api, secret=ks.at_hand())
     if not working:
         return
     async with AvatarClient(working[0], ks) as client:
@@ -60,7 +61,7 @@ async def _converse(client: AvatarClient, wanted: Open, ks: KsSource, *, needed:
     how = "with VOICE_ID" if wanted.voice_id else "without voice"
     result, session = await client.create(wanted)
     if session is None:
-        yield _told(f"create {how}", result, needed=needed, secret=ks.current())
+        yield _told(f"create {how}", result, needed=needed, secret=ks.at_hand())
         return
     piece = Piece("doctor", SENTENCE, is_final=True, parts=())
     results: dict[str, CallResult] = {}
@@ -78,7 +79,8 @@ def _told(item: str, result: CallResult, *, needed: bool, secret: str) -> Findin
     """A line about a call that was made with a `secret`; `needed`: as the settings have it, so that it should work."""
     if result.kind is CallKind.OK:
         return Finding.ok(item, "works")
-    text = f"{result.status or 'no answer'}: {redacted(result.error.replace(secret, '[redacted]'))}"
+    error = result.error.replace(secret, "[redacted]") if secret else result.error
+    text = f"{result.status or 'no answer'}: {redacted(error)}"
     if not needed:
         return Finding.note(item, f"does not work here: {text}")
     match result.kind:

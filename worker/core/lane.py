@@ -57,9 +57,14 @@ class Lane:
         """How many commands have not ended."""
         return len(self._book)
 
-    def begin(self, session: Session | None) -> None:
-        """The session that the lane's owner has found, if there is one."""
-        self._sessions.session = session
+    @property
+    def session(self) -> Session | None:
+        """The session as the lane knows it."""
+        return self._sessions.session
+
+    def begin(self, session: Session | None, lost: Session | None = None) -> None:
+        """The session that the lane's owner has found, if there is one; or that it was lost."""
+        self._sessions.begin(session, lost)
 
     def offer(self, entry: Entry, now: float) -> tuple[Conclusion, ...]:
         """Queue a command; returns what ends by its mere coming. Interrupts act: see `take_interrupts`."""
@@ -165,12 +170,13 @@ class Lane:
                 self._speech.unsaid()
                 self._attempts.rest()
             case Say():
-                if result.kind is CallKind.GONE:
-                    self._sessions.lose()
+                again = result.kind is CallKind.GONE and self._sessions.lose()
+                if result.kind is CallKind.OK:
+                    self._sessions.proved()
                 # What was under way when an interrupt came may have been taken after it.
                 heard = result.kind in (CallKind.OK, CallKind.UNKNOWN)
                 self._interrupts.tell_again = heard and self._book.memory.is_silent(work.piece.turn_id)
-                self._speech.said(result, now, jitter)
+                self._speech.said(result, now, jitter, again=again)
             case Open():
                 self._sessions.opened(result, got if isinstance(got, Session) else None, now, jitter)
             case Attach():
@@ -198,7 +204,7 @@ class Lane:
             if closing := self._speech.plan_closing(now, has_session=has_session):
                 return Say(closing)
             if not len(self._book):
-                return None if self._speech.closes_at is None else Wait(self._speech.closes_at)
+                return self._sessions.plan_renewal(now) or self._speech.rest()
             head = self._book.head
             if self._book.known(head) and self._speech.piece is None:
                 if self._interrupts.was_told(head):
@@ -216,6 +222,8 @@ class Lane:
                 piece = self._speech.plan(now)
                 if piece is None or isinstance(piece, Wait):
                     return piece
+                if renewal := self._sessions.plan_renewal(now):
+                    return renewal
                 return Say(piece) if self._sessions.session else self._sessions.plan_for_speech(now)
             case Interrupt():
                 return Wait(now + INTERRUPT_S)  # It ends when the API has answered; its call is under way.

@@ -122,7 +122,10 @@ class Viewer:
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """An avatar session of a conversation. `attached`: somebody else created it, nobody knows with which avatar."""
+    """An avatar session of a conversation. `attached`: somebody else created it, nobody knows with which avatar.
+
+    Its token is good until `expires_at`, epoch seconds; from `renew_at` on, another session is wanted. None: unknown.
+    """
 
     session_id: str
     token: str = field(repr=False)
@@ -131,6 +134,8 @@ class Session:
     voice_speed: float | None = None
     attached: bool = False
     viewer: Viewer | None = field(default=None, repr=False)
+    renew_at: float | None = None
+    expires_at: float | None = None
 
 
 class CallKind(StrEnum):
@@ -147,6 +152,8 @@ class CallKind(StrEnum):
     """The credentials were refused."""
     GONE = "gone"
     """The session does not exist any more."""
+    FULL = "full"
+    """Nothing was called: the fleet has as many sessions as it may have."""
     STALE = "stale"
     """Nothing was called: the session had ended meanwhile."""
 

@@ -85,10 +85,10 @@ class Speech:
                 break
         return self.piece
 
-    @property
-    def closes_at(self) -> float | None:
-        """When the next open turn closes by itself."""
-        return self._closing.next_due()
+    def rest(self) -> Wait | None:
+        """Nothing waits; an open turn may close by itself later."""
+        due = self._closing.next_due()
+        return None if due is None else Wait(due)
 
     def outdated(self, now: float) -> bool:
         """Whether what was attempted is not to be tried again: its turn went silent, or it is too old."""
@@ -96,6 +96,12 @@ class Speech:
             attempt = self._memory.state.attempt
             return attempt is not None and self._memory.is_silent(attempt.turn_id)
         return self._memory.is_silent(self.piece.turn_id) or self.turns.has_expired(self.piece.born, now)
+
+    @property
+    def in_a_turn(self) -> bool:
+        """Whether the avatar is in the middle of a turn, or may have heard a piece whose answer was lost."""
+        begun = any(self._memory.turns[turn_id].pieces for turn_id in self._memory.open_turns())
+        return begun or self._memory.state.attempt is not None
 
     def drop(self) -> None:
         """No piece is under way any more."""
@@ -208,8 +214,11 @@ class Speech:
         if not self.perhaps_said:
             self._settle_attempt()
 
-    def said(self, result: CallResult, now: float, jitter: float) -> None:
-        """Record the outcome of one call. A session that is gone is the caller's to lose, before this."""
+    def said(self, result: CallResult, now: float, jitter: float, *, again: bool = False) -> None:
+        """Record the outcome of one call. A session that is gone is the caller's to lose, before this.
+
+        `again`: then the piece is said on another. Nobody knows what of it was heard.
+        """
         piece = self.piece
         assert piece is not None
         if result.kind is CallKind.UNKNOWN:
@@ -225,6 +234,8 @@ class Speech:
                 self._attempts.again(now, jitter)
             case CallKind.UNKNOWN:
                 self.fail(SpeechFailure.UNKNOWN_OUTCOME, result, now)
+            case CallKind.GONE if again and piece.parts:
+                self.perhaps_said = True
             case CallKind.GONE:
                 self.fail(SpeechFailure.SESSION_LOST, result, now)
             case _:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from schemas.events import EndReason
 from worker.core.model import Piece, Session
 from worker.core.shaping.shaper import Shaping
 from worker.core.verdict import Conclusion
@@ -32,6 +33,7 @@ class Rules:
     max_age_s: float = 120.0
     ambiguous: Literal["repeat", "skip"] = "repeat"
     ambiguous_wait_s: float = 2.0
+    on_lost: Literal["recreate", "fail"] = "recreate"
     session_wait_s: float = 10.0
     session_end_wait_s: float = 30.0
     default_avatar: str | None = None
@@ -76,6 +78,7 @@ class Close:
     """Call `end` once; after the `last_attempt` the session is forgotten, whatever the answer."""
 
     last_attempt: bool
+    reason: EndReason = EndReason.REQUESTED
 
 
 @dataclass(frozen=True, slots=True)

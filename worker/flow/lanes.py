@@ -3,8 +3,9 @@
 import asyncio
 import contextvars
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import replace
+from typing import Any
 
 import structlog
 
@@ -91,6 +92,13 @@ class Lanes:
             runner = self._runners.get(conversation_id) or self._start(conversation_id)
             runner.offer(replace(entry, delivery=ExpressDelivery(tenure)))
 
+    async def renew(self, conversation_id: str) -> None:
+        """The conversation's session is to be renewed: its lane does that, if its partition is ours."""
+        partition = await self._ledger.partition_of(conversation_id)
+        tenure = None if partition is None else self.tenure_of(partition)
+        if tenure is not None and not self._stopping and conversation_id not in self._runners:
+            self._start(conversation_id).summon(tenure)
+
     async def run(self, knock: Callable[[int], Awaitable[None]]) -> None:
         """Have the store keep what is held for long, and see to what it keeps of conversations nobody serves.
 
@@ -141,13 +149,15 @@ class Lanes:
         """Whether the conversation has something to do here."""
         return conversation_id in self._runners
 
-    async def stop(self) -> None:
-        """Begin nothing new; return when what was under way has ended and is settled."""
+    async def stop(self, last: Callable[[], Coroutine[Any, Any, None]] | None = None) -> None:
+        """Begin nothing new; return when what was under way has ended and is settled. `last`: what to do before."""
         self._stopping = True
         for runner in self._runners.values():
             runner.stop()
         if self._tasks:
             await asyncio.wait(self._tasks)
+        if last is not None:
+            await last()
         await self._settler.drain()
 
     async def abandon(self) -> None:

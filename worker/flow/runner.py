@@ -25,7 +25,7 @@ from worker.core.memory import Memory
 from worker.core.model import CallKind, CallResult, Entry, Marker, Misfit, Session
 from worker.core.pressure import Pressure
 from worker.core.verdict import Conclusion
-from worker.core.work import INTENT_S, Call, Rules, Say, Wait
+from worker.core.work import INTENT_S, Call, CallInterrupt, InitClient, Rules, Say, Wait
 from worker.errors import LinkLost
 from worker.flow.backlog import HOLD_S, Backlog, keepable
 from worker.flow.desk import Desk
@@ -225,7 +225,7 @@ class Runner:
                 if not self._arrived and not self._errands and not self._moved:
                     return
                 if self._tenure is not None and self.conversation_id not in self._desk.leases:
-                    self._lane.begin(await self._desk.recall(self.conversation_id))
+                    self._lane.begin(*await self._desk.recall(self.conversation_id))
             elif isinstance(step.work, Wait):
                 if self._tenure is not None and not self._memory.version:
                     # Should its key move meanwhile, there must be a row that tells where it came from.
@@ -300,7 +300,7 @@ class Runner:
     async def _admit(self) -> None:
         """Hand what has arrived to the lane, once it is known whether it ended before."""
         if self._tenure is None:
-            self._set_up(Memory(), None)
+            self._set_up(Memory(), None, None)
         if self._summons is not None and self._tenure is None and not self._arrived:
             await self._begin(self._summons)
         self._summons = None
@@ -358,7 +358,6 @@ class Runner:
         except LinkLost:
             self.forget(tenure)
             return
-        # The ledger waits out an outage of the store, the desk does not.
         memory = await self._ledger.recall(self.conversation_id)
         if memory.state.partition not in (None, tenure.partition, self._gone):
             if self._tenure is tenure:
@@ -366,10 +365,11 @@ class Runner:
                 self._hold(tenure)
             return
         self._gone = None
+        session, lost = await self._desk.recall(self.conversation_id)
+        # Last: what is taken must not be dropped by something that fails.
         kept = await self._backlog.take(self.conversation_id, tenure)
-        session = await self._desk.recall(self.conversation_id)
         memory.settle_in(tenure.partition)
-        self._set_up(memory, session)
+        self._set_up(memory, session, lost)
         self._arrived.extendleft(entry for entry in reversed(kept) if isinstance(entry, Entry))
         self._settler.submit(verdict.rejected(misfit) for misfit in kept if isinstance(misfit, Misfit))
 
@@ -429,11 +429,11 @@ class Runner:
         self._settler.acknowledge(self.conversation_id, delivery_of(marker))
         self._tenure = None
 
-    def _set_up(self, memory: Memory, session: Session | None) -> None:
+    def _set_up(self, memory: Memory, session: Session | None, lost: Session | None) -> None:
         self._memory = memory
         self._book = Book(self.conversation_id, memory)
         self._lane = Lane(self._book, self._rules)
-        self._lane.begin(session)
+        self._lane.begin(session, lost)
 
     async def _call(self, call: Call, ended: Sequence[Conclusion]) -> CallResult | None:
         """The intent is written, the call made, its outcome recorded: in this order, or not at all.
@@ -445,7 +445,7 @@ class Runner:
             return None
         changes = self._memory.take_changes()
         intent = asyncio.ensure_future(
-            self._ledger.intend(self.conversation_id, changes, tenure.partition, self._epoch)
+            self._ledger.intend(self.conversation_id, changes, tenure.partition, self._epoch, self._meant_for(call))
         )
         self._settler.submit(ended, intent)
         grant = await intent
@@ -472,6 +472,13 @@ class Runner:
         told = lane.done(call, result, self._clock(), begun=begun, got=got, jitter=jitter)
         self._submit(told, outcome=isinstance(call, Say))
         return result
+
+    def _meant_for(self, call: Call) -> str | None:
+        """The session that must be ready for the call."""
+        session = self._lane.session
+        return (
+            session.session_id if session is not None and isinstance(call, Say | InitClient | CallInterrupt) else None
+        )
 
     def _rebuild(self, untold: Sequence[Conclusion] = ()) -> None:
         """Put what the lane holds, and what ended there `untold`, back in front: another lane will begin with it."""

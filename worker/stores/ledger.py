@@ -15,10 +15,10 @@ from schemas.events import EVENT_TYPES, Event
 from worker.core.memory import Attempt, Changes, Ended, Memory, SentPart, State, Turn, TurnState
 from worker.core.shaping import shaper
 from worker.ops import logs
-from worker.ports import Clock, Grant
+from worker.ports import Clock, Grant, HeldState
 from worker.stores.backend import Contended, Unreachable
 from worker.stores.database import Database, among, text_of
-from worker.stores.tables import commands, conversations, endings, partitions, turns, writers
+from worker.stores.tables import commands, conversations, endings, partitions, sessions, turns, writers
 
 _log = structlog.stdlib.get_logger(__name__)
 
@@ -46,6 +46,7 @@ class _Job:
     partition: int
     epoch: int | None
     outcome: bool
+    session_id: str | None = None
 
 
 class SqlLedger:
@@ -76,10 +77,10 @@ class SqlLedger:
         )
 
     def intend(
-        self, conversation_id: str, changes: Changes | None, partition: int, epoch: int
+        self, conversation_id: str, changes: Changes | None, partition: int, epoch: int, session_id: str | None = None
     ) -> asyncio.Future[Grant]:
-        """Granted while that epoch is the partition's newest, and the conversation's row as it was."""
-        return self._ask(_Job(conversation_id, changes, partition, epoch, outcome=False))
+        """Granted while that epoch is the partition's newest, the conversation's row as it was, the session ready."""
+        return self._ask(_Job(conversation_id, changes, partition, epoch, outcome=False, session_id=session_id))
 
     def record(self, conversation_id: str, changes: Changes, *, outcome: bool) -> asyncio.Future[Grant]:
         """Granted while the row is as it was; an outcome, while its attempt has none."""
@@ -147,7 +148,8 @@ class SqlLedger:
         ids = {job.conversation_id for job in jobs if job.changes}
         rows = _lock(connection, ids)
         fresh = ids - rows.keys()
-        granted = [_judge(job, rows, epochs) for job in jobs]
+        ready = _ready(connection, {job.conversation_id for job in jobs if job.session_id is not None})
+        granted = [_judge(job, rows, epochs, ready) for job in jobs]
         wanted = [job for job, grant in zip(jobs, granted, strict=True) if grant is Grant.GRANTED and job.changes]
         now = self._clock()
         _claim(connection, fresh & {job.conversation_id for job in wanted}, now)
@@ -189,10 +191,21 @@ def _claim(connection: sa.Connection, conversation_ids: Collection[str], now: fl
         raise Contended
 
 
-def _judge(job: _Job, rows: dict[str, _Row], epochs: Mapping[int, int]) -> Grant:
+def _ready(connection: sa.Connection, conversation_ids: Collection[str]) -> dict[str, str]:
+    """The sessions that may be called, by conversation. Who retires an idle one locks the conversation first, too."""
+    column = sessions.c.conversation_id
+    query = sa.select(column, sessions.c.session_id).where(
+        among(connection, column, conversation_ids), sessions.c.state == HeldState.READY
+    )
+    return {row.conversation_id: row.session_id for row in connection.execute(query)} if conversation_ids else {}
+
+
+def _judge(job: _Job, rows: dict[str, _Row], epochs: Mapping[int, int], ready: Mapping[str, str]) -> Grant:
     """Whether the job may be written after those before it, whose effect on `rows` is noted."""
     if job.epoch is not None and epochs.get(job.partition) != job.epoch:
         return Grant.REFUSED
+    if job.session_id is not None and ready.get(job.conversation_id) != job.session_id:
+        return Grant.OUTDATED
     if job.changes is None:
         return Grant.GRANTED
     version, attempt = rows.get(job.conversation_id, ("", None))

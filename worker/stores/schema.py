@@ -8,8 +8,8 @@ from sqlalchemy.dialects.postgresql import insert
 from worker.errors import ConfigurationError
 from worker.stores.tables import facts, metadata
 
-VERSION = 2
-"""1: sessions only. 2: the ledger too."""
+VERSION = 3
+"""1: sessions only. 2: the ledger too. 3: a session's life cycle, and ghosts."""
 
 _LOCK = 0x6176617461722D77
 """Held while the tables are made: workers may start all at once."""

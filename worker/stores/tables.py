@@ -43,6 +43,21 @@ sessions = sa.Table(
     sa.Column("last_used", sa.Float, nullable=False),
     sa.Column("owner", sa.Text, nullable=False),
     sa.Column("lease_until", sa.Float, nullable=False, index=True),
+    # See `sessions`; no id and no token yet while it waits for a slot, or is being created.
+    sa.Column("state", sa.Text, nullable=False, server_default="ready"),
+    sa.Column("reason", sa.Text),
+    sa.Column("since", sa.Float),
+    sa.Column("renew_at", sa.Float),
+    sa.Column("expires_at", sa.Float),
+)
+
+# Sessions that may exist although nobody knows them: each takes a slot for a while.
+ghosts = sa.Table(
+    "ghosts",
+    metadata,
+    sa.Column("conversation_id", sa.Text, primary_key=True),
+    sa.Column("since", sa.Float, primary_key=True),
+    sa.Column("until", sa.Float, nullable=False),
 )
 
 partitions = sa.Table(
