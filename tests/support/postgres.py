@@ -21,6 +21,7 @@ from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 import asyncpg
+from docker.errors import DockerException
 from docker.models.containers import Container
 from testcontainers.core.config import testcontainers_config
 from testcontainers.core.container import DockerContainer
@@ -226,7 +227,7 @@ class DockerPostgres(OwnedPostgres):
     def __init__(self) -> None:
         super().__init__(free_port())
         self._docker = DockerContainer(IMAGE).with_env("POSTGRES_USER", _USER).with_env("POSTGRES_DB", "postgres")
-        self._docker = self._docker.with_env("POSTGRES_PASSWORD", self._password).with_command("-c max_connections=200")
+        self._docker = self._docker.with_env("POSTGRES_PASSWORD", self._password)
         self._docker.ports[_PORT] = ("127.0.0.1", self._port)  # type: ignore[assignment]
         self._guard: Guard | None = None
 
@@ -246,7 +247,10 @@ class DockerPostgres(OwnedPostgres):
 
     def _launch(self) -> None:
         if self._guard is None:
-            self._docker.start()
+            try:
+                self._docker.start()
+            except DockerException as error:
+                raise PostgresError(str(error)) from None
             self._guard = Guard('docker rm --force --volumes "$1" >/dev/null 2>&1', self._docker.get_container_id())
         else:
             self._container.start()
