@@ -192,6 +192,8 @@ def report(latency_ms: int, load: Load, transcript: dict[str, Any]) -> dict[str,
             late = [1000 * (at - turn.published[token]) for at, token in zip(calls, deciding, strict=True)]
             first.append(late[0])
             all_ += late
+    if not whole:
+        raise SystemExit(f"every answer stalled: {len(deciding)} pieces were to be, calls {[*map(len, begun.values())]}")
     third = len(load.waiting) // 3
     return {
         "api latency ms": latency_ms,
