@@ -81,7 +81,7 @@ class LaneMachine(RuleBasedStateMachine):
         self.turns_without_id: set[str] = set()
         self.numbers = 0
         self.begun = 0.0
-        self.busy_until = self.zombie_until = 0.0
+        self.busy_until = self.zombie_until = self.noted_until = 0.0
         self.sure = 0
 
     @initialize(
@@ -157,6 +157,8 @@ class LaneMachine(RuleBasedStateMachine):
         self.numbers += 1
         if named:
             self.chunks[f"m{self.numbers}"] = self.numbers, turn
+        else:
+            self.turns_without_id.add(turn)
         body = {"turnId": turn, "text": f"<{self.numbers}>" if named else "no id", "isFinal": final, "seq": seq}
         return self.publish(f"m{self.numbers}" if named else None, body)
 
@@ -205,6 +207,8 @@ class LaneMachine(RuleBasedStateMachine):
 
     @rule(message=published)
     def reuse_the_id(self, message: Published) -> None:
+        if message.message_id is not None:
+            self.chunks.setdefault(message.message_id, (self.numbers, "t1"))
         self.publish(message.message_id, {"turnId": "t1", "text": "reused", "isFinal": True})
 
     # What the runner, the API, the broker and the clock do.
@@ -330,6 +334,7 @@ class LaneMachine(RuleBasedStateMachine):
         assert self.talk.calling is not None
         self.zombie = Zombie(self.talk.lane, self.talk.memory, self.talk.calling, self.begun)
         self.zombie_until = self.begun + INTENT_S + 2.0
+        self.noted_until = max(self.noted_until, self.zombie_until)
         self.redeliver()
 
     @precondition(lambda self: self.zombie is not None and self.zombie.call is not None)
@@ -343,8 +348,8 @@ class LaneMachine(RuleBasedStateMachine):
         result = self.result_of(call, data)
         got = self.talk.brings(call) if result.kind is CallKind.OK else None
         told = zombie.lane.done(call, result, self.talk.now, begun=zombie.begun, got=got)
-        if self.tell_for_the_zombie(told, outcome=isinstance(call, Say)):
-            self.zombie_until = zombie.begun + 2.0 if result is UNKNOWN else 0.0
+        self.zombie_until = zombie.begun + 2.0 if result is UNKNOWN else 0.0
+        self.tell_for_the_zombie(told, outcome=isinstance(call, Say))
 
     @precondition(lambda self: self.zombie is not None)
     @rule(message=published, overtaking=st.booleans())
@@ -480,7 +485,7 @@ class LaneMachine(RuleBasedStateMachine):
         still_open = set(self.talk.written.recall().open_turns())
         assert set(state.shapes) <= still_open
         assert not (still_open and self.talk.rules.auto_final_s)
-        assert state.busy_until <= max(self.busy_until, self.zombie_until, 0.0)
+        assert state.busy_until <= max(self.busy_until, self.noted_until, 0.0)
         told = {message_id for event in self.talk.events for message_id in wire(event).get("commandIds", ())}
         assert told >= {message.message_id for message in self.unacked if message.message_id is not None}
         self.one_event_id_a_command()
