@@ -22,6 +22,7 @@ PARTITIONS = 8
 CONVERSATIONS = [f"conversation-{number}" for number in range(40)]
 NAMES = ("w1", "w2", "w3")
 LATENCY_S = 0.05
+PAUSE_S = 0.2
 
 
 @dataclass(eq=False)
@@ -52,7 +53,7 @@ async def test_every_partition_gets_to_whom_it_belongs(start: Start, bus: Bus, t
     async def produce(one: str) -> None:
         while not ending.is_set():
             await speak(one)
-            await asyncio.sleep(LATENCY_S)
+            await asyncio.sleep(PAUSE_S)
 
     async with AsyncExitStack() as stack:
         store_url = f"sqlite:///{tmp_path / 'store.db'}"
