@@ -55,13 +55,12 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 
 def _start_postgres(config: pytest.Config) -> Postgres | Exception:
-    found = find_postgres()
+    stack = ExitStack()
+    config.add_cleanup(stack.close)
     try:
-        postgres = found.__enter__()
+        return stack.enter_context(find_postgres())
     except Exception as error:  # noqa: BLE001  whatever it is, it fails the tests that need it, not pytest
         return error
-    config.add_cleanup(lambda: found.__exit__(None, None, None))
-    return postgres
 
 
 @pytest.fixture(scope="session")

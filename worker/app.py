@@ -65,7 +65,9 @@ async def run(settings: Settings) -> None:
         desk = Desk(api, store, name, clock, slots)
         stack.push_async_callback(_release, store, name)
         backlog = Backlog(SqlBacklog(database), window=settings.prefetch)
-        lanes = Lanes(settings.rules, desk=desk, ledger=ledger, backlog=backlog, settler=settler, clock=clock)
+        lanes = Lanes(
+            settings.rules, desk=desk, ledger=ledger, backlog=backlog, settler=settler, mark=outbox.mark, clock=clock
+        )
         keeper = Keeper(
             desk,
             clock,

@@ -3,7 +3,7 @@
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 from schemas.events import EndReason, Event
 from worker.core.memory import Changes, Ended, Memory
@@ -12,7 +12,6 @@ from worker.core.verdict import Parked
 from worker.core.work import Open
 
 
-@runtime_checkable
 class Tenure(Protocol):
     """One ownership of a partition by this worker: one channel's life."""
 
@@ -30,7 +29,6 @@ class Tenure(Protocol):
         """A command that `KeepableDelivery.pack` packed, as if delivered now; settling it calls `remove`."""
 
 
-@runtime_checkable
 class Delivery(Protocol):
     """The broker's side of one command."""
 
@@ -42,7 +40,6 @@ class Delivery(Protocol):
         """Acknowledge, once. False: the channel it came through is gone, and the broker will deliver it again."""
 
 
-@runtime_checkable
 class KeepableDelivery(Delivery, Protocol):
     """A delivery that the store can keep in the broker's stead."""
 
@@ -107,6 +104,9 @@ class Outbox(Protocol):
 
     async def park(self, delivery: Delivery, parked: Parked) -> None:
         """Keep a copy of a command that was given up, without its token, with the reason in headers."""
+
+    async def mark(self, conversation_id: str, old: int, new: int) -> bool:
+        """Send a marker of a moved conversation behind all there is in its old partition. False: that one is gone."""
 
     async def answer(self, reply_to: ReplyTo, payload: Mapping[str, Any]) -> None:
         """Answer whoever asked, once; nobody waiting is normal."""
@@ -271,8 +271,8 @@ class BacklogStore(Protocol):
     def let_go(self, key: str) -> None:
         """A command that was kept is settled."""
 
-    async def kept(self, conversation_id: str) -> list[Kept]:
-        """The commands that are kept of the conversation, in order."""
+    async def kept(self, conversation_id: str, partition: int) -> list[Kept]:
+        """The commands that are kept of the conversation and came from that partition, in order."""
 
     async def conversations(self) -> list[tuple[int, str]]:
         """The conversations of which commands are kept, with the partition they came from."""

@@ -33,6 +33,7 @@ SETTINGS = (
         "AVATAR_",
         "DRAIN_",
         "EVENT_",
+        "FLOW_",
         "HEARTBEAT_",
         "INTERRUPT_",
         "KALTURA_",

@@ -60,6 +60,7 @@ async def run(trap: str, cwd: Path, **env: str) -> Finished:
         ("STORE_URL", f"mysql://{SECRET}/"),
         ("STORE_URL", "sqlite:///"),
         ("STORE_URL", f"sqlite:////nowhere/{SECRET}.db"),
+        ("STORE_URL", f"postgresql://u:{SECRET}@127.0.0.1:1/d"),
         ("SPEECH_SHAPING", SECRET),
         ("SPEECH_MAX_AGE_S", "-1"),
         ("SPEECH_MAX_AGE_S", "nan"),

@@ -1,21 +1,19 @@
 """What is done to the fleet: a seeded schedule, and its execution with a note of every fault."""
 
 import asyncio
-import json
 import random
 import signal
-import sqlite3
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from pathlib import Path
 from typing import Any
 
 import aiohttp
 
+from tests.chaos import stores
 from tests.chaos.fleet import Simulator, Worker
+from tests.chaos.stores import Store
 from tests.chaos.traffic import Listener
 from worker.local.broker import OwnedBroker
 
@@ -44,16 +42,22 @@ class Demand:
 
     seconds: float
     counts: dict[Fault, int]
-    dropped: float
+    dropped: float = 0.0
     """The share of the answers to say-text that is dropped after the text was taken."""
+    kept: int = 0
+    """How many commands go through the durable inbox."""
+    timed: int = 0
+    """How many interrupts the clock can judge, see `interruptions.Timed`."""
 
 
 FULL = Demand(
     60.0,
     {Fault.KILL: 8, Fault.TERM: 2, Fault.STOP: 2, Fault.RESTART: 1, Fault.CUT: 2, Fault.HOLE: 1},
     dropped=0.005,
+    kept=20,
+    timed=10,
 )
-SHORT = Demand(10.0, {Fault.KILL: 2, Fault.STOP: 1, Fault.CUT: 1}, dropped=0.0)
+SHORT = Demand(10.0, {Fault.KILL: 2, Fault.STOP: 1, Fault.CUT: 1})
 
 
 def api_faults(seed: int) -> list[dict[str, Any]]:
@@ -61,7 +65,7 @@ def api_faults(seed: int) -> list[dict[str, Any]]:
 
     A call whose answer is dropped goes on for 1.5 s in the simulator: a repeat within that time is an overlap.
     """
-    say = {"route": "say-text", "times": None, "seed": seed}
+    say: dict[str, Any] = {"route": "say-text", "times": None, "seed": seed}
     return [
         say | {"kind": "drop", "when": "after", "probability": 0.008},
         say
@@ -73,8 +77,16 @@ def api_faults(seed: int) -> list[dict[str, Any]]:
         say | {"kind": "status", "status": 500, "when": "before", "probability": 0.002},
         say | {"kind": "hang", "when": "after", "seconds": 1.2, "probability": 0.003},
         say | {"kind": "latency", "when": "before", "seconds": 0.6, "probability": 0.005},
+        # Some answers come so late that the store keeps what waits behind them.
+        *(
+            say | {"kind": "hang", "when": "after", "seconds": 2.5, "probability": 0.3, "turn": turn}
+            for turn in ("t2", "t5", "t8")
+        ),
         {"route": "create", "times": None, "seed": seed, "kind": "status", "status": 503, "probability": 0.05},
         {"route": "create", "times": None, "seed": seed, "kind": "drop", "when": "after", "probability": 0.05},
+        {"route": "interrupt", "times": None, "seed": seed, "kind": "hang", "seconds": 3.0, "probability": 0.04},
+        {"route": "interrupt", "times": None, "seed": seed, "kind": "status", "status": 503, "probability": 0.04},
+        {"route": "interrupt", "times": None, "seed": seed, "kind": "drop", "when": "after", "probability": 0.04},
         {"route": "keep-alive", "times": None, "seed": seed, "kind": "hang", "seconds": 3.0, "probability": 0.03},
     ]
 
@@ -116,7 +128,7 @@ class Saboteur:
         broker: OwnedBroker | None,
         simulator: Simulator,
         listener: Listener,
-        ledger: Path,
+        store: Store,
         http: aiohttp.ClientSession,
         tell: Callable[[str], None],
     ) -> None:
@@ -127,7 +139,7 @@ class Saboteur:
         self._broker = broker
         self._simulator = simulator
         self._listener = listener
-        self._ledger = ledger
+        self._store = store
         self._http = http
         self._tell = tell
 
@@ -201,16 +213,16 @@ class Saboteur:
 
     async def _kill(self, victim: Worker) -> None:
         await self._say_under_way(victim)
-        note = self._note(Fault.KILL, victim.name)
+        note = await self._note(Fault.KILL, victim.name)
         victim.send(signal.SIGKILL)
         self._end(note)
         await victim.ended(10)
-        note.intents |= self._intents()
+        note.intents |= await self._intents()
         await asyncio.sleep(self._dice.choice((0, 0, 0.5, 2)))
         await victim.start()
 
     async def _terminate(self, victim: Worker) -> None:
-        note = self._note(Fault.TERM, victim.name)
+        note = await self._note(Fault.TERM, victim.name)
         await self.dismiss(victim)
         self._end(note)
         await victim.start()
@@ -224,9 +236,9 @@ class Saboteur:
             self._tell(f"{worker.name} ended with {code} after SIGTERM")
 
     async def _stop(self, victim: Worker) -> None:
-        note = self._note(Fault.STOP, victim.name)
+        note = await self._note(Fault.STOP, victim.name)
         victim.send(signal.SIGSTOP)
-        note.intents |= self._intents()
+        note.intents |= await self._intents()
         await asyncio.sleep(self._dice.uniform(*STOP_S))
         victim.send(signal.SIGCONT)
         self._end(note)
@@ -237,12 +249,12 @@ class Saboteur:
             await asyncio.sleep(0.02)
         number = self._dice.choice((None, self._dice.randrange(links)))
         which = "" if number is None else f" ({number + 1} of {links} connections)"
-        note = self._note(Fault.CUT, victim.name + which)
+        note = await self._note(Fault.CUT, victim.name + which)
         victim.proxy.cut(number)
         await self._watch_intents(note, 1.0)
 
     async def _black_hole(self, victim: Worker) -> None:
-        note = self._note(Fault.HOLE, victim.name)
+        note = await self._note(Fault.HOLE, victim.name)
         async with asyncio.TaskGroup() as group:
             group.create_task(victim.proxy.black_hole(HOLE_S))
             group.create_task(self._watch_intents(note, HOLE_S))
@@ -250,10 +262,10 @@ class Saboteur:
 
     async def _say_under_way(self, speaker: Worker) -> None:
         """Wait a moment for one, so that few kills strike an idle worker."""
-        known = self._begun(speaker)
+        known = await self._begun(speaker)
         for _ in range(200):
             await asyncio.sleep(0.005)
-            if self._begun(speaker) - known:
+            if await self._begun(speaker) - known:
                 await asyncio.sleep(0.02)
                 return
 
@@ -261,22 +273,23 @@ class Saboteur:
         """Whoever has lost its link goes on for as long as it does not know."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
-            note.intents |= self._intents()
+            note.intents |= await self._intents()
             await asyncio.sleep(0.05)
 
     async def _restart_broker(self) -> None:
         if self._broker is None:
             return
-        note = self._note(Fault.RESTART, self._broker.kind)
+        note = await self._note(Fault.RESTART, self._broker.kind)
         await asyncio.to_thread(self._broker.restart)
         self._end(note)
         for worker in self._workers:
             if not worker.busy:
                 await self._recover(worker)
 
-    def _note(self, fault: Fault, victim: str) -> Happened:
+    async def _note(self, fault: Fault, victim: str) -> Happened:
+        intents = await self._intents()
         now = time.monotonic()
-        note = Happened(fault, victim, now, now, self._intents())
+        note = Happened(fault, victim, now, now, intents)
         self.happened.append(note)
         self._tell(f"{fault} {victim}, {len(note.intents)} intents open")
         return note
@@ -285,19 +298,11 @@ class Saboteur:
     def _end(note: Happened) -> None:
         note.ended = time.monotonic()
 
-    def _intents(self) -> set[tuple[str, str]]:
+    async def _intents(self) -> set[tuple[str, str]]:
         """The pieces whose outcome is not known, by conversation."""
-        return {(conversation, attempt["text"]) for conversation, _, attempt in self._attempts()}
+        return {(one.conversation, one.text) for one in await stores.intents(self._store)}
 
-    def _begun(self, speaker: Worker) -> set[tuple[str, float]]:
+    async def _begun(self, speaker: Worker) -> set[tuple[str, float]]:
         """When each of them was begun that this worker says."""
-        return {(conversation, one["begun"]) for conversation, owner, one in self._attempts() if owner == speaker.name}
-
-    def _attempts(self) -> Iterator[tuple[str, str, dict[str, Any]]]:
-        query = "SELECT conversation_id, owner, state FROM conversations LEFT JOIN sessions USING (conversation_id)"
-        with closing(sqlite3.connect(f"file:{self._ledger}?mode=ro", uri=True, timeout=5)) as connection:
-            rows = connection.execute(query).fetchall()
-        for conversation, owner, state in rows:
-            attempt = json.loads(state)["attempt"]
-            if attempt is not None:
-                yield conversation, owner, attempt
+        found = await stores.intents(self._store)
+        return {(one.conversation, one.begun) for one in found if one.owner == speaker.name}

@@ -75,6 +75,12 @@ class Child:
         """Whether it has been started and has not ended."""
         return self._process is not None and self._process.returncode is None
 
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        assert self._process is not None
+        return self._process.pid
+
     async def remove(self) -> None:
         """End it at once."""
         if self.runs:

@@ -15,13 +15,15 @@ import aio_pika
 import aiohttp
 
 from schemas import routes
-from tests.chaos import faults, judge
+from tests.chaos import faults, judge, stores
+from tests.chaos.evidence import Evidence, Verdict
 from tests.chaos.faults import Demand, Saboteur
 from tests.chaos.fleet import Simulator, Worker, running
-from tests.chaos.judge import Evidence, Verdict
 from tests.chaos.proxy import Proxy
+from tests.chaos.stores import Store
 from tests.chaos.traffic import Listener, Producers
 from tests.support import brokers
+from tests.support.postgres import Postgres
 from worker.local.broker import Broker, OwnedBroker
 
 PARTITIONS = 8
@@ -31,7 +33,10 @@ _QUIET_S = 120.0
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How hard. `rate` in chunks a second, over all conversations. `keep`: a folder for logs, transcript and events."""
+    """How hard. `rate` in chunks a second, over all conversations. `keep`: a folder for logs, transcript and events.
+
+    `postgres`: where the workers' store is; None: a file.
+    """
 
     seed: int
     seconds: float
@@ -39,6 +44,7 @@ class Options:
     rate: float = 60.0
     latency_ms: float = 60.0
     keep: Path | None = None
+    postgres: Postgres | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +57,7 @@ class _Stage:
     simulator: Simulator
     workers: list[Worker]
     listener: Listener
-    ledger: Path
+    store: Store
 
 
 async def run(broker: Broker, options: Options, demand: Demand, tell: Callable[[str], None]) -> Verdict:
@@ -78,12 +84,12 @@ async def _stage(broker: Broker, url: str, options: Options, folder: Path) -> As
         simulator = Simulator(folder, http, options.latency_ms)
         await stack.enter_async_context(running(simulator))
         await simulator.listening()
-        ledger = folder / "ledger.db"
+        store = await stack.enter_async_context(stores.opened(options.postgres, folder))
         settings = {
             "AVATAR_BASE_URL": simulator.base_url,
             "AVATAR_KS": "chaos-ks",
             "AVATAR_ID": "chaos",
-            "STORE_URL": f"sqlite:///{ledger}",
+            "STORE_URL": store.url,
             "PARTITIONS": str(PARTITIONS),
             "HEARTBEAT_S": str(faults.HEARTBEAT_S),
             "SPEECH_MAX_AGE_S": "300",
@@ -99,7 +105,7 @@ async def _stage(broker: Broker, url: str, options: Options, folder: Path) -> As
         for worker in workers:
             if not await worker.ready(http):
                 raise worker.fail("was not ready in time")
-        yield _Stage(broker, url, http, simulator, workers, Listener(url), ledger)
+        yield _Stage(broker, url, http, simulator, workers, Listener(url), store)
 
 
 async def _play(stage: _Stage, options: Options, demand: Demand, note: Callable[[str], None]) -> Verdict:
@@ -110,7 +116,7 @@ async def _play(stage: _Stage, options: Options, demand: Demand, note: Callable[
         broker=stage.broker if isinstance(stage.broker, OwnedBroker) else None,
         simulator=stage.simulator,
         listener=stage.listener,
-        ledger=stage.ledger,
+        store=stage.store,
         http=stage.http,
         tell=note,
     )
@@ -146,6 +152,7 @@ async def _evidence(
 ) -> Evidence:
     listener = stage.listener
     transcript = await stage.simulator.control("GET", "transcript")
+    kept, held = await stores.kept(stage.store)
     if keep:
         (keep / "transcript.json").write_text(json.dumps(transcript))
         (keep / "events.json").write_text(json.dumps([(one.at, one.event) for one in listener.arrivals]))
@@ -157,6 +164,8 @@ async def _evidence(
         happened=saboteur.happened,
         parked=await _parked(stage.url),
         left=await _left(stage.url),
+        kept=kept,
+        held=held,
         hits=await saboteur.hits(),
         seconds=seconds,
     )

@@ -25,15 +25,26 @@ _PAUSE_S = 0.3
 
 @dataclass(slots=True)
 class Command:
-    """A command that the broker has confirmed. `words` are its text's."""
+    """A chunk, or an interrupt (which has no `words`), that the broker has confirmed; `number` within its conversation.
+
+    Of an interrupt `turn` is the one it names, "" for all, and `silences` the turns of which nothing published later
+    may be spoken. `attempts`: how often it was published before it was confirmed.
+    """
 
     message_id: str
     conversation: str
     turn: str
     number: int
-    words: tuple[str, ...]
-    final: bool
+    words: tuple[str, ...] = ()
+    silences: frozenset[str] = frozenset()
+    attempts: int = 0
+    published: float = 0.0
     confirmed: float = 0.0
+
+    @property
+    def interrupts(self) -> bool:
+        """Whether it is no chunk."""
+        return not self.words
 
 
 @dataclass(slots=True)
@@ -68,6 +79,35 @@ class _Peer:
                     await self._connection.close()
 
 
+class _Talk:
+    """One conversation, and what was published in it: `said`."""
+
+    def __init__(self, name: str, dice: random.Random) -> None:
+        self.name = name
+        self.dice = dice
+        self.turn = 0
+        self.said: list[tuple[Command, bytes]] = []
+
+    def chunk(self, *, final: bool, turn: str = "") -> tuple[Command, bytes]:
+        """The next chunk of the turn."""
+        turn = turn or f"t{self.turn}"
+        size = self.dice.choices((1, 2, 5, 90), (50, 40, 9, 1))[0]
+        words = tuple(f"{self.name}.{turn}.n{len(self.said)}.w{k}" for k in range(size))
+        command = Command(uuid.uuid4().hex, self.name, turn, len(self.said), words)
+        return self._note(command, {"turnId": turn, "text": " ".join(words) + " ", "isFinal": final})
+
+    def interrupt(self, *, named: bool, silences: bool) -> tuple[Command, bytes]:
+        """An interrupt of this turn, or of all."""
+        turn = f"t{self.turn}"
+        silent = frozenset({turn} if silences else ())
+        command = Command(uuid.uuid4().hex, self.name, turn if named else "", len(self.said), silences=silent)
+        return self._note(command, {"type": "interrupt"} | ({"turnId": turn} if named else {}))
+
+    def _note(self, command: Command, body: dict[str, Any]) -> tuple[Command, bytes]:
+        self.said.append((command, json.dumps(body).encode()))
+        return self.said[-1]
+
+
 class Producers(_Peer):
     """All conversations. What was not confirmed is published again under the same id; `stop` lets turns be closed."""
 
@@ -93,30 +133,40 @@ class Producers(_Peer):
         self._stopping.set()
 
     async def _converse(self, name: str, dice: random.Random) -> None:
-        own: list[tuple[Command, bytes]] = []
-        turn, number = 0, 0
+        talk = _Talk(name, dice)
         await self._rest(dice.uniform(0, self._pause_s))
         while not self._stopping.is_set():
-            turn += 1
-            length = dice.randint(3, 25)
-            for place in range(length):
-                final = place == length - 1 or self._stopping.is_set()
-                size = dice.choices((1, 2, 5, 90), (50, 40, 9, 1))[0]
-                words = tuple(f"{name}.t{turn}.n{number}.w{k}" for k in range(size))
-                command = Command(uuid.uuid4().hex, name, f"t{turn}", number, words, final)
-                body = {"turnId": command.turn, "text": " ".join(words) + " ", "isFinal": final}
-                own.append((command, json.dumps(body).encode()))
-                await self._publish(*own[-1])
-                command.confirmed = time.monotonic()
-                self.commands.append(command)
-                number += 1
-                if dice.random() < 0.02:
-                    self.resent["sent twice"] += 1
-                    await self._publish(*dice.choice(own[-30:]))
-                if final:
-                    break
+            await self._take_turn(talk)
+            await self._rest(dice.choice((0, 0, 0.2, 1, 3)))
+        # Whatever happened before: at the end everybody is to be heard.
+        for place in range(3):
+            await self._publish(*talk.chunk(final=place == 2, turn="last"))
+
+    async def _take_turn(self, talk: "_Talk") -> None:
+        """A turn, perhaps interrupted; then come some late chunks of it, and the next turn at once."""
+        dice = talk.dice
+        talk.turn += 1
+        length = dice.randint(3, 25)
+        way = dice.choices(("", "named", "all", "unseen"), (70, 12, 12, 6))[0]
+        last = dice.randrange(length) if way else length - 1
+        final = False
+        if way == "unseen":
+            await self._publish(*talk.interrupt(named=True, silences=True))
+        for place in range(last + 1):
+            final = place == length - 1 or (place < last and self._stopping.is_set())
+            await self._publish(*talk.chunk(final=final))
+            if dice.random() < 0.02:
+                self.resent["sent twice"] += 1
+                await self._publish(*dice.choice(talk.said[-30:]))
+            if final:
+                break
+            if place < last:
                 await self._rest(dice.uniform(0.2, 1.8) * self._pause_s)
-            await self._rest(dice.choice((0, 0.2, 1, 3)))
+        if way in ("named", "all"):
+            # A turn that was closed, and heard to its end, is nothing an interrupt of all can silence.
+            await self._publish(*talk.interrupt(named=way == "named", silences=way == "named" or not final))
+            for _ in range(dice.choice((0, 0, 1, 3)) if way == "named" or not final else 0):
+                await self._publish(*talk.chunk(final=False))
 
     async def _rest(self, seconds: float) -> None:
         try:
@@ -127,8 +177,11 @@ class Producers(_Peer):
 
     async def _publish(self, command: Command, body: bytes) -> None:
         born_ms = time.time_ns() // 1_000_000
+        again = bool(command.confirmed)
+        command.published = command.published or time.monotonic()
         while True:
             channel = await self._open()
+            command.attempts += not again
             message = aio_pika.Message(
                 body,
                 delivery_mode=aio_pika.DeliveryMode.PERSISTENT,
@@ -137,7 +190,8 @@ class Producers(_Peer):
             )
             try:
                 with named_losses():
-                    exchange = await channel.get_exchange("avatar.commands", ensure=False)
+                    name = "avatar.interrupts" if command.interrupts else "avatar.commands"
+                    exchange = await channel.get_exchange(name, ensure=False)
                     await exchange.publish(message, command.conversation, mandatory=True, timeout=_CONFIRM_S)
             except LOSSES:
                 self.resent["unconfirmed"] += 1
@@ -145,7 +199,10 @@ class Producers(_Peer):
                     self._channel = None
                 await asyncio.sleep(_PAUSE_S)
             else:
-                return
+                break
+        if not again:
+            command.confirmed = time.monotonic()
+            self.commands.append(command)
 
     async def _open(self) -> AbstractChannel:
         async with self._turn_to_connect:

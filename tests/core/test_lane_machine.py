@@ -1,7 +1,8 @@
 """Any commands, any outcomes, any time, workers that die or lose their partition, express copies: the promise holds.
 
-The broker keeps what is not acknowledged, and delivers it again in order; the ledger keeps what was written; the API
-keeps what it has heard.
+The broker has one active consumer, hands out no more than a window, and gives what is not acknowledged to the next one,
+in order; it may take the partition away while a call is under way, and the *zombie* may still be handed deliveries, or
+have kept some. The ledger keeps what was written; the API keeps what it has heard. Clocks jump.
 """
 
 import re
@@ -32,6 +33,7 @@ from tests.support.conversation import (
 from worker.core.lane import Lane
 from worker.core.memory import Memory
 from worker.core.model import CallKind, CallResult, Entry
+from worker.core.verdict import Conclusion
 from worker.core.work import INTENT_S, Attach, Call, Open, Say, Wait
 
 _TURNS = st.sampled_from(["t1", "t2", "t3"])
@@ -51,13 +53,13 @@ class Published:
         return entry(self.message_id, born=self.born, delivery=self, redelivered=again, **self.body)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Zombie:
-    """A worker that lost its partition while it was calling."""
+    """A worker that lost its partition while it was calling. It does not know, and goes on until the ledger says so."""
 
     lane: Lane
     memory: Memory
-    call: Call
+    call: Call | None
     begun: float
 
 
@@ -73,6 +75,10 @@ class LaneMachine(RuleBasedStateMachine):
         self.delivered: set[Entry] = set()
         self.heard: list[str] = []
         self.zombie: Zombie | None = None
+        self.interrupts: list[tuple[int, str | None]] = []
+        self.seen: set[tuple[int, str | None]] = set()
+        self.chunks: dict[str, tuple[int, str]] = {}
+        self.turns_without_id: set[str] = set()
         self.numbers = 0
         self.begun = 0.0
         self.busy_until = self.zombie_until = 0.0
@@ -105,24 +111,33 @@ class LaneMachine(RuleBasedStateMachine):
             self.catch_up()
         return message
 
-    def deliver(self, one: Entry) -> None:
+    def deliver(self, message: Published, *, again: bool = False) -> None:
+        one = message.delivered(again=again)
         self.delivered.add(one)
-        self.careful(lambda: self.talk.offer(one))
+        self.careful(lambda: self.talk.offer(one), message)
 
     @rule()
     def fall_behind(self) -> None:
-        """From now on what is published waits in the broker; express copies overtake it."""
+        """From now on what is published waits in the broker: the window is full. Express copies overtake it."""
         self.slow = True
+
+    @rule(count=st.integers(1, 3))
+    def hand_out(self, count: int) -> None:
+        """There is room for some."""
+        for _ in range(min(count, len(self.backlog))):
+            if self.backlog:
+                self.deliver(self.backlog.pop(0))
 
     @rule()
     def catch_up(self) -> None:
         self.slow = False
         while self.backlog:
-            self.deliver(self.backlog.pop(0).delivered())
+            self.deliver(self.backlog.pop(0))
 
     @rule(target=published, turn=_TURNS, final=st.booleans(), pad=st.sampled_from([0, 0, 0, 600, 1500]))
     def speak(self, turn: str, final: bool, pad: int) -> Published:
         self.numbers += 1
+        self.chunks[f"m{self.numbers}"] = self.numbers, turn
         text = f"<{self.numbers}>" + "y" * pad
         return self.publish(f"m{self.numbers}", {"turnId": turn, "text": text, "isFinal": final})
 
@@ -133,34 +148,40 @@ class LaneMachine(RuleBasedStateMachine):
     )
     def speak_marked(self, turn: str, marked: str) -> Published:
         self.numbers += 1
+        self.chunks[f"m{self.numbers}"] = self.numbers, turn
         body = {"turnId": turn, "text": marked.format(self.numbers), "isFinal": False}
         return self.publish(f"m{self.numbers}", body)
 
     @rule(target=published, turn=_TURNS, seq=st.integers(0, 3), final=st.booleans(), named=st.booleans())
     def speak_numbered(self, turn: str, seq: int, final: bool, named: bool) -> Published:
         self.numbers += 1
+        if named:
+            self.chunks[f"m{self.numbers}"] = self.numbers, turn
         body = {"turnId": turn, "text": f"<{self.numbers}>" if named else "no id", "isFinal": final, "seq": seq}
         return self.publish(f"m{self.numbers}" if named else None, body)
 
     @rule(target=published, turn=_TURNS, text=st.sampled_from(["", " ", "\n\n"]))
     def speak_blank(self, turn: str, text: str) -> Published:
         self.numbers += 1
+        self.chunks[f"m{self.numbers}"] = self.numbers, turn
         return self.publish(f"m{self.numbers}", {"turnId": turn, "text": text, "isFinal": True})
 
     @rule(turn=_TURNS, final=st.booleans())
     def speak_without_id(self, turn: str, final: bool) -> None:
+        self.turns_without_id.add(turn)
         self.publish(None, {"turnId": turn, "text": "no id", "isFinal": final})
 
     @rule(target=published, turn=_TURNS | st.none())
     def interrupt(self, turn: str | None) -> Published:
         self.numbers += 1
+        self.interrupts.append((self.numbers, turn))
         return self.publish(f"m{self.numbers}", {"type": "interrupt"} | ({"turnId": turn} if turn else {}))
 
     @rule(message=published)
     def overtake(self, message: Published) -> None:
         """An express copy comes: before its ordered one, after it, long after it, twice, or never."""
         if message.body.get("type") == "interrupt":
-            self.careful(lambda: self.talk.offer(express(message.delivered())))
+            self.careful(lambda: self.talk.offer(express(message.delivered())), message)
 
     @rule(
         target=published,
@@ -204,6 +225,9 @@ class LaneMachine(RuleBasedStateMachine):
             assert work.piece.text.strip()
             assert not self.talk.memory.is_silent(work.piece.turn_id)
             assert len(work.piece.text) <= 1000
+            for number, turn in self.seen:
+                older = any(one < number for one in _numbers(work.piece.text))
+                assert not (older if turn is None else work.piece.turn_id == turn), "it was interrupted"
 
     @precondition(lambda self: self.talk.calling is not None)
     @rule(data=st.data())
@@ -234,8 +258,9 @@ class LaneMachine(RuleBasedStateMachine):
         if isinstance(call, Say):
             self.heard.append(call.piece.text)
 
-    @rule(seconds=st.sampled_from([0.1, 1.0, 2.0, 15.0]))
+    @rule(seconds=st.sampled_from([0.1, 1.0, 2.0, 15.0, 200.0, -3.0]))
     def pass_time(self, seconds: float) -> None:
+        """Time passes, or the clock jumps."""
         self.talk.now += seconds
 
     @rule()
@@ -247,21 +272,31 @@ class LaneMachine(RuleBasedStateMachine):
 
     # What goes wrong.
 
-    def careful(self, step: Callable[[], object]) -> None:
-        """A step whose writing the ledger may refuse: then nothing of it is told, and the conversation begun anew."""
+    def careful(self, step: Callable[[], object], seeing: Published | None = None) -> None:
+        """A step whose writing the ledger may refuse: then nothing of it is told, and the conversation begun anew.
+
+        `seeing`: the message that the lane is handed.
+        """
         try:
             step()
         except Outdated:
             self.redeliver()
+        else:
+            if seeing is not None:
+                self.see(seeing)
+
+    def see(self, message: Published) -> None:
+        """If it is an interrupt, it has acted."""
+        if message.body.get("type") == "interrupt" and message.message_id is not None:
+            self.seen.add((int(message.message_id[1:]), message.body.get("turnId")))
 
     def redeliver(self) -> None:
         """The lane is gone; another one begins, and what was not acknowledged comes to it."""
         self.busy_until = max(self.busy_until, *(told_at + 2.0 for told_at in self.talk.told_at), 0.0)
         self.talk.forget()
         self.delivered = set()
-        self.backlog = []
-        for message in self.unacked:
-            self.deliver(message.delivered(again=True))
+        for message in [one for one in self.unacked if one not in self.backlog]:
+            self.deliver(message, again=True)
 
     @rule(data=st.data())
     def die(self, data: st.DataObject) -> None:
@@ -297,20 +332,53 @@ class LaneMachine(RuleBasedStateMachine):
         self.zombie_until = self.begun + INTENT_S + 2.0
         self.redeliver()
 
-    @precondition(lambda self: self.zombie is not None)
+    @precondition(lambda self: self.zombie is not None and self.zombie.call is not None)
     @rule(data=st.data())
     def answer_to_the_zombie(self, data: st.DataObject) -> None:
         """What it learns is written if nobody has tried again or decided without it, and told then."""
-        assert self.zombie is not None
-        zombie, self.zombie = self.zombie, None
-        lane, memory, call = zombie.lane, zombie.memory, zombie.call
+        zombie = self.zombie
+        assert zombie is not None
+        assert zombie.call is not None
+        call, zombie.call = zombie.call, None
         result = self.result_of(call, data)
         got = self.talk.brings(call) if result.kind is CallKind.OK else None
-        told = lane.done(call, result, self.talk.now, begun=zombie.begun, got=got)
-        changes = memory.take_changes()
-        if changes is None or self.talk.written.write(changes, outcome=isinstance(call, Say)):
-            self.talk.conclusions += told
+        told = zombie.lane.done(call, result, self.talk.now, begun=zombie.begun, got=got)
+        if self.tell_for_the_zombie(told, outcome=isinstance(call, Say)):
             self.zombie_until = zombie.begun + 2.0 if result is UNKNOWN else 0.0
+
+    @precondition(lambda self: self.zombie is not None)
+    @rule(message=published, overtaking=st.booleans())
+    def deliver_to_the_zombie(self, message: Published, overtaking: bool) -> None:
+        """It wakes to deliveries long given to others, or hears an express copy as everybody does."""
+        assert self.zombie is not None
+        one = message.delivered()
+        if overtaking:
+            if message.body.get("type") != "interrupt":
+                return
+            one = express(one)
+        self.zombie.memory.ended |= self.talk.written.known(one.message_id)
+        if self.tell_for_the_zombie(self.zombie.lane.offer(one, self.talk.now)):
+            self.see(message)
+
+    @precondition(lambda self: self.zombie is not None and self.zombie.call is None)
+    @rule()
+    def let_the_zombie_go_on(self) -> None:
+        """It may tell what nobody has changed meanwhile; with the first call it wants to make, it is found out."""
+        assert self.zombie is not None
+        step = self.zombie.lane.next(self.talk.now)
+        if step.work is None or isinstance(step.work, Wait):
+            self.tell_for_the_zombie(step.conclusions)
+        else:
+            self.zombie = None
+
+    def tell_for_the_zombie(self, told: tuple[Conclusion, ...], *, outcome: bool = False) -> bool:
+        assert self.zombie is not None
+        changes = self.zombie.memory.take_changes()
+        if changes is not None and not self.talk.written.write(changes, outcome=outcome):
+            self.zombie = None
+            return False
+        self.talk.conclusions += told
+        return True
 
     # What holds at any time.
 
@@ -364,9 +432,32 @@ class LaneMachine(RuleBasedStateMachine):
             if event.type == "avatar.speech.accepted" and repeated & set(_numbers(wire(event)["text"])):
                 assert wire(event).get("possibleDuplicate"), wire(event)
 
+    @invariant()
+    def only_what_an_interrupt_is_about_is_silenced(self) -> None:
+        for event in self.talk.events:
+            if event.type == "avatar.speech.discarded" and wire(event)["reason"] == "interrupted":
+                for message_id in wire(event)["commandIds"]:
+                    assert any(self.is_about(one, *self.chunks[message_id]) for one in self.interrupts), message_id
+
+    def is_about(self, interrupt: tuple[int, str | None], chunk: int, turn: str) -> bool:
+        number, wanted = interrupt
+        if wanted is not None:
+            return wanted == turn
+        lost = any(one < number and other == turn for one, other in self.chunks.values())
+        return chunk < number or lost or turn in self.turns_without_id
+
     def teardown(self) -> None:
-        """When the API answers well again, everything ends and nothing is left."""
+        """When the API answers well again, everything ends and nothing is left, and nobody is muted for good."""
         self.catch_up()
+        self.come_to_rest()
+        self.end_well()
+        if self.talk.rules.default_avatar is not None:
+            self.numbers += 1
+            self.publish(f"m{self.numbers}", {"turnId": "last", "text": f"<{self.numbers}>", "isFinal": True})
+            self.come_to_rest()
+            assert self.heard[-1] == f"<{self.numbers}>"
+
+    def come_to_rest(self) -> None:
         for _ in range(1000):
             while self.talk.telling:
                 self.careful(self.talk.interrupted)
@@ -378,11 +469,14 @@ class LaneMachine(RuleBasedStateMachine):
                 self.talk.now = max(self.talk.now, work.until)
             elif work is None:
                 break
+
+    def end_well(self) -> None:
         assert len(self.talk.lane) == 0
         ended = {one.delivery for conclusion in self.talk.conclusions for one in conclusion.entries}
         assert ended >= set(self.unacked)
         state = self.talk.written.recall().state
-        assert (state.attempt, state.spoken, state.silenced, state.fences) == (None, {}, {}, {})
+        assert (state.attempt, state.silenced, state.fences) == (None, {}, {})
+        assert not [key for key in state.spoken if key.startswith("m")], "without an id a chunk is not known again"
         still_open = set(self.talk.written.recall().open_turns())
         assert set(state.shapes) <= still_open
         assert not (still_open and self.talk.rules.auto_final_s)

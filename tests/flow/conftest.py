@@ -124,6 +124,7 @@ class Flow:
             ledger=self.ledger,
             backlog=Backlog(SqlBacklog(self.database), window=100),
             settler=self.settler,
+            mark=self.outbox.mark,
             clock=self.clock,
         )
         self.keeper = Keeper(

@@ -68,6 +68,20 @@ async def test_nothing_new_is_said_before_the_api_has_answered(flow: Flow) -> No
     assert flow.api.said == ["a", "b"]
 
 
+async def test_what_was_about_to_be_said_is_not(flow: Flow) -> None:
+    await spoke(flow)
+    gate = flow.ledger.gates["intend"] = asyncio.Event()
+    flow.speak("b")
+    await until(lambda: flow.ledger.asked["intend"] > 2)
+    flow.lanes.hear(express(stop := stop_(flow)))
+    await until(lambda: flow.api.verbs()[-1] == "interrupt")
+    gate.set()
+    flow.deliver(stop)
+    await flow.all_settled()
+    assert flow.api.said == ["a"]
+    assert [wire(event)["reason"] for event in flow.told("speech.discarded")] == ["interrupted"]
+
+
 async def test_a_client_that_raises_mutes_nobody(flow: Flow) -> None:
     await spoke(flow)
     flow.api.results["interrupt"] = [RuntimeError("a bug")]

@@ -160,8 +160,9 @@ def start(amqp_url: str) -> Start:
         store_url: str = "sqlite://",
         dead: bool = False,
         prefetch: int = 200,
+        avatar: Avatar | None = None,
     ) -> AsyncIterator[Station]:
-        clock, avatar = SteadyClock(), Avatar()
+        clock, avatar = SteadyClock(), avatar or Avatar()
         database = await Database.open(store_url)
         store, ledger = SqlSessions(database), SqlLedger(database, clock)
         outbox = Outbox(source="test", worker=name, event_retry_s=event_retry_s, clock=clock)
@@ -175,6 +176,7 @@ def start(amqp_url: str) -> Start:
             ledger=ledger,
             backlog=Backlog(kept, window=prefetch),
             settler=settler,
+            mark=outbox.mark,
             clock=clock,
         )
         inbox = Inbox(lanes, ledger.raise_epoch, wanted=wanted, worker=name, clock=clock)

@@ -21,7 +21,7 @@ def store_url(tmp_path: Path) -> str:
 
 async def until_kept(station: Station, count: int) -> None:
     async with asyncio.timeout(PATIENCE_S):
-        while len(await station.kept.kept("slow")) != count:  # noqa: ASYNC110 - the store has no such event
+        while len(await station.kept.kept("slow", 0)) != count:  # noqa: ASYNC110 - the store has no such event
             await asyncio.sleep(0.05)
 
 

@@ -4,14 +4,16 @@ import asyncio
 
 import pytest
 from aio_pika.abc import AbstractConnection
+from aiormq.exceptions import ChannelInvalidStateError
 
 from schemas.routes import partition_queue
 from tests.integration.conftest import Start, agreed
 from tests.support.bus import Bus, connected
 from tests.support.proxy import proxied
 from worker.amqp.delivery import AmqpDelivery
-from worker.amqp.inbox import Inbox
-from worker.core.model import Entry, Misfit
+from worker.amqp.inbox import ChannelTenure, Inbox
+from worker.core.model import Entry, Marker, Misfit
+from worker.errors import LinkLost
 from worker.flow.clock import SteadyClock
 from worker.local.broker import OwnedBroker
 
@@ -85,10 +87,16 @@ class Catcher:
     def hear(self, entry: Entry) -> None:
         pass
 
+    def pass_through(self, marker: Marker) -> None:
+        raise AssertionError(marker)
+
     def reject(self, misfit: Misfit) -> None:
         raise AssertionError(misfit)
 
     def forget(self, is_gone: object) -> None:
+        pass
+
+    async def leave(self, is_gone: object) -> None:
         pass
 
 
@@ -124,6 +132,24 @@ async def test_a_delivery_that_is_no_longer_ours_is_stale(bus: Bus, amqp_url: st
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
     assert await bus.left_in(QUEUE) == 1
+
+
+async def test_a_partition_that_is_given_up_while_the_connection_goes_ends_the_session(
+    bus: Bus, amqp_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def lost(_: ChannelTenure) -> None:
+        raise ChannelInvalidStateError("the connection is gone")
+
+    catcher = Catcher()
+    async with connected(amqp_url) as other:
+        _, task = await consume(other.connection, catcher)
+        await bus.say("c", "t", "x")
+        entry = await asyncio.wait_for(catcher.entries.get(), 10)
+        assert isinstance(entry.delivery, AmqpDelivery)
+        monkeypatch.setattr(ChannelTenure, "close", lost)
+        entry.delivery.tenure.refused()
+        with pytest.raises(LinkLost, match="could not be joined again"):
+            await asyncio.wait_for(task, 10)
 
 
 async def test_a_delivery_is_acknowledged(bus: Bus, amqp_url: str) -> None:

@@ -239,6 +239,17 @@ class Conversation:
                 self.done(next(answers, OK))
         raise AssertionError("the lane does not come to rest")
 
+    def settle_calls(self, within_s: float = 5.0) -> "Conversation":
+        """As `settle`, but nothing is waited for that comes later than that."""
+        while (work := self.next()) is not None:
+            if not isinstance(work, Wait):
+                self.done()
+            elif work.until - self.now > within_s:
+                break
+            else:
+                self.now = work.until
+        return self
+
     def forget(self) -> "Conversation":
         """The tenure ends, or the worker dies: lane and call are dropped, and a lane built from what is written."""
         self._begin(self.lane._sessions.session)

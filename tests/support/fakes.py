@@ -118,6 +118,7 @@ class FakeOutbox:
 
     log: list[tuple[str, Any]] = field(default_factory=list)
     gate: asyncio.Event | None = None
+    gone: set[int] = field(default_factory=set)
     failures: list[str] = field(default_factory=list)
 
     async def _do(self, what: str, detail: Any) -> None:
@@ -134,6 +135,10 @@ class FakeOutbox:
 
     async def park(self, delivery: Delivery, parked: Parked) -> None:
         await self._do("park", (delivery, parked.reason))
+
+    async def mark(self, conversation_id: str, old: int, new: int) -> bool:
+        await self._do("mark", (conversation_id, old, new))
+        return old not in self.gone
 
     async def answer(self, reply_to: ReplyTo, payload: Mapping[str, Any]) -> None:
         await self._do("answer", (reply_to.queue, dict(payload)))

@@ -140,8 +140,9 @@ class PrivateCluster(OwnedPostgres):
         self._programs = programs
         self._home = Path(tempfile.mkdtemp(prefix="avatar-pg-", dir="/tmp"))  # a socket's path is short
         entry = _unprivileged()
-        self._user, self._group = (entry.pw_uid, entry.pw_gid) if entry else (None, None)
-        self._groups: list[int] | None = [] if entry else None
+        self._user = None if entry is None else entry.pw_uid
+        self._group = None if entry is None else entry.pw_gid
+        self._groups: list[int] | None = None if entry is None else []
         self._process: subprocess.Popen[bytes] | None = None
         self._guard: Guard | None = None
 
@@ -198,7 +199,7 @@ class PrivateCluster(OwnedPostgres):
         if self._user is not None:
             for path in (self._home, secret):
                 shutil.chown(path, self._user, self._group)
-        options = ["-A", "scram-sha-256", "--pwfile", secret, "-E", "UTF8", "--locale=C", "--no-sync"]
+        options: list[str | Path] = ["-A", "scram-sha-256", "--pwfile", secret, "-E", "UTF8", "--locale=C", "--no-sync"]
         done = subprocess.run(
             [self._programs / "initdb", "-D", self._home / "data", "-U", _USER, *options],
             capture_output=True,

@@ -11,7 +11,7 @@ from aio_pika.abc import AbstractChannel, AbstractConnection
 from aiormq.abc import DeliveredMessage
 
 from schemas import routes
-from worker.amqp import mutex, topology
+from worker.amqp import mutex, notes, topology
 from worker.amqp.delivery import AmqpDelivery
 from worker.amqp.inbox import ChannelTenure, understand
 from worker.amqp.lenient import printable
@@ -68,7 +68,10 @@ class DeadQueue:
             if isinstance(delivery, LinkLost):
                 raise delivery
             if tenure.open and not self._stopping:
-                await self._take(understand(delivery), _why(delivery.message))
+                if notes.was_note(delivery):
+                    await delivery.settle()
+                else:
+                    await self._take(understand(delivery), _why(delivery.message))
 
 
 async def _is_ours(channel: AbstractChannel) -> bool:

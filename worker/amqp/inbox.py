@@ -4,6 +4,7 @@ Consumes below aio_pika's messages, whose constructor raises on odd properties a
 """
 
 import asyncio
+import contextlib
 import hashlib
 import re
 import uuid
@@ -19,12 +20,12 @@ from aiormq.abc import DeliveredMessage
 
 from schemas import routes
 from schemas.commands import FieldError, Interrupt, Malformed, RejectReason, parse
-from worker.amqp import topology
+from worker.amqp import notes, topology
 from worker.amqp.delivery import AmqpDelivery
 from worker.amqp.lenient import printable, readable
 from worker.amqp.link import LOSSES, named_losses
 from worker.amqp.topology import Record
-from worker.core.model import Entry, Misfit, ReplyTo
+from worker.core.model import Entry, Marker, Misfit, ReplyTo
 from worker.core.ownership import score
 from worker.errors import LinkLost
 from worker.ops import logs
@@ -45,7 +46,8 @@ REPLAY_RUN = "avatar-replay-run"
 """Header: the same for all that was sent again together."""
 
 
-KNOCK = "avatar.knock"
+LEAVE_S = 2.0
+"""How long an outranked worker waits for what is under way; what is not over then, the next owner waits for."""
 
 RaiseEpoch = Callable[[int], Awaitable[int]]
 
@@ -56,6 +58,9 @@ class Receiver(Protocol):
     def offer(self, entry: Entry) -> None:
         """A command."""
 
+    def pass_through(self, marker: Marker) -> None:
+        """A marker of a moved conversation."""
+
     def hear(self, entry: Entry) -> None:
         """The express copy of an interrupt."""
 
@@ -64,6 +69,9 @@ class Receiver(Protocol):
 
     def forget(self, tenure: "ChannelTenure") -> None:
         """What came under this tenure comes again."""
+
+    async def leave(self, tenure: "ChannelTenure") -> None:
+        """Begin nothing more under this tenure; return when what was under way has ended and is acknowledged."""
 
 
 class ChannelTenure:
@@ -79,6 +87,7 @@ class ChannelTenure:
     def __init__(self, partition: int, channel: abc.AbstractChannel, raise_epoch: RaiseEpoch, prefetch: int) -> None:
         self.open = True
         self.active = False
+        self.outranked = False
         self.given_up = asyncio.Event()
         self._partition = partition
         self._channel = channel
@@ -109,6 +118,11 @@ class ChannelTenure:
         if not self.open:
             raise LinkLost("the partition was given up")
         return self._epoch
+
+    def hand_over(self) -> None:
+        """Another worker is to own the partition: leave it in order, for the broker would wait for all that is held."""
+        self.outranked = True
+        self.given_up.set()
 
     def refused(self) -> None:
         """Another worker owns the partition: give it up."""
@@ -160,9 +174,11 @@ class Inbox:
 
         connection.close_callbacks.add(lambda _, error: lose(f"connection closed: {error}"))
         partitions = range(self._wanted.partitions)
+        # First, so as to hear of every worker that joins a partition later.
+        express = await self._join_express(connection, lose)
         for partition in partitions:
             await self._join(connection, partition, lose)
-        await self._join_express(connection, lose)
+        await self._announce(express)
         rejoining = [asyncio.create_task(self._rejoin(connection, partition, lose)) for partition in partitions]
         try:
             _log.info(logs.BROKER_CONNECTED, partitions=self._wanted.partitions)
@@ -183,11 +199,17 @@ class Inbox:
             tenure.end()
 
     async def _rejoin(self, connection: AbstractConnection, partition: int, lose: Callable[[str], None]) -> None:
-        """Whenever the ledger says that the partition has another owner, leave it and queue up for it again."""
+        """Whenever the partition has another owner, or is to have one, leave it and queue up for it again."""
         while True:
             tenure = self._tenures[partition]
             await tenure.given_up.wait()
-            _log.warning(logs.PARTITION_LOST, partition=partition)
+            if tenure.outranked:
+                _log.info(logs.PARTITION_HANDED_OVER, partition=partition)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(LEAVE_S):
+                        await self._receiver.leave(tenure)
+            else:
+                _log.warning(logs.PARTITION_LOST, partition=partition)
             tenure.end()
             self._receiver.forget(tenure)
             try:
@@ -195,6 +217,7 @@ class Inbox:
                 await self._join(connection, partition, lose)
             except LOSSES as error:
                 lose(f"partition {partition} could not be joined again: {error}")
+                return
 
     async def _join(self, connection: AbstractConnection, partition: int, lose: Callable[[str], None]) -> None:
         queue = routes.partition_queue(partition)
@@ -211,33 +234,55 @@ class Inbox:
         channel.on_consumer_cancel_callbacks.add(lambda _: lose_channel("consumer cancelled by the broker"))
 
         async def receive(message: DeliveredMessage) -> None:
-            if not tenure.open:
+            if not tenure.open or tenure.outranked:
                 return
             tenure.active = True
             delivery = AmqpDelivery(tenure, channel, message, self._clock())
-            if is_knock(delivery):
-                await delivery.settle()
+            if notes.is_note(delivery):
+                marker = notes.read_marker(delivery)
+                if marker is None:
+                    await delivery.settle()
+                else:
+                    self._receiver.pass_through(marker)
             else:
                 self._receive(delivery)
 
         await channel.basic_consume(queue, receive, arguments={"x-priority": score(self._worker, partition)})
 
-    async def _join_express(self, connection: AbstractConnection, lose: Callable[[str], None]) -> None:
+    async def _announce(self, channel: abc.AbstractChannel) -> None:
+        exchange = await channel.get_exchange(topology.WORKERS, ensure=False)
+        await exchange.publish(notes.joined(self._worker), "")
+
+    def _make_way(self, worker: str) -> None:
+        """Leave what a worker is to own that has joined."""
+        for partition, tenure in self._tenures.items():
+            if tenure.open and tenure.active and score(worker, partition) > score(self._worker, partition):
+                tenure.hand_over()
+
+    async def _join_express(self, connection: AbstractConnection, lose: Callable[[str], None]) -> abc.AbstractChannel:
         """A queue of this worker's own, where interrupts arrive beside the backlog; it goes with the connection."""
         outer = await connection.channel(publisher_confirms=False)
         queue = await outer.declare_queue(exclusive=True)
         await queue.bind(routes.INTERRUPTS)
+        await queue.bind(topology.WORKERS)
         outer.close_callbacks.add(lambda _, error: lose(f"channel of express interrupts closed ({error})"))
         channel = await outer.get_underlay_channel()
         tenure = ChannelTenure(-1, outer, self._raise_epoch, self._wanted.prefetch)
 
         async def receive(message: DeliveredMessage) -> None:
+            delivery = AmqpDelivery(tenure, channel, message, self._clock())
+            worker = notes.read_joined(delivery)
+            if worker is not None:
+                if topology.moves_partitions(connection):
+                    self._make_way(worker)
+                return
             # Whatever else may be published here is for its ordered copy to reject.
-            received = read(AmqpDelivery(tenure, channel, message, self._clock()))
+            received = read(delivery)
             if isinstance(received, Entry) and isinstance(received.command, Interrupt) and received.message_id:
                 self._receiver.hear(replace(received, express=True))
 
         await channel.basic_consume(queue.name, receive, no_ack=True)
+        return outer
 
     def tenure_of(self, partition: int) -> ChannelTenure | None:
         """The tenure under which this worker owns the partition just now; None: it is another's, for all it knows."""
@@ -250,12 +295,6 @@ class Inbox:
             self._receiver.offer(received)
         else:
             self._receiver.reject(received)
-
-
-def is_knock(delivery: AmqpDelivery) -> bool:
-    """Whether the message only tells the owner of the partition that it is its owner, see `Outbox.knock`."""
-    # Through our exchanges anybody can send anything.
-    return delivery.message.header.properties.message_type == KNOCK and not delivery.delivered.exchange
 
 
 def understand(delivery: AmqpDelivery) -> Entry | Misfit:

@@ -32,7 +32,11 @@ IN_MEMORY = "memory"
 HASH = "avatar.commands.v1.hash"
 HASH_TYPE = "x-modulus-hash"
 RECORD = "avatar.topology"
+WORKERS = "avatar.workers"
+"""Fanout exchange over which workers tell each other that they have joined."""
 
+MOVING = (4, 0)
+"""The first RabbitMQ that gives a partition to whoever has the highest priority, also when it has an owner."""
 OLDEST = (3, 10)
 """The oldest RabbitMQ that dead-letters at least once and lets a message expire in a quorum queue."""
 
@@ -140,6 +144,7 @@ def exchanges(partitions: int) -> dict[str, tuple[str, FieldTable]]:
         routes.DEAD: ("fanout", {}),
         routes.COMMANDS: ("topic", {"alternate-exchange": routes.DEAD}),
         routes.INTERRUPTS: ("fanout", {}),
+        WORKERS: ("fanout", {}),
         **several,
     }
 
@@ -266,11 +271,20 @@ def demand_version(connection: AbstractConnection) -> None:
     Raises:
         TopologyError: it is too old.
     """
-    found = version(connection)
-    numbers = tuple(int(number) for number in found.split(".")[:2] if number.isdecimal())
-    if len(numbers) == 2 and numbers < OLDEST:
+    if not _is_at_least(connection, OLDEST):
         oldest = ".".join(map(str, OLDEST))
-        raise TopologyError(f"AMQP_URL: the broker is RabbitMQ {found}; {oldest} or later is needed")
+        raise TopologyError(f"AMQP_URL: the broker is RabbitMQ {version(connection)}; {oldest} or later is needed")
+
+
+def moves_partitions(connection: AbstractConnection) -> bool:
+    """Whether the broker gives a partition to whoever outranks its owner."""
+    return _is_at_least(connection, MOVING)
+
+
+def _is_at_least(connection: AbstractConnection, oldest: tuple[int, int]) -> bool:
+    """A broker that does not say what it is, is taken for a new one."""
+    numbers = tuple(int(number) for number in version(connection).split(".")[:2] if number.isdecimal())
+    return len(numbers) < len(oldest) or numbers >= oldest
 
 
 def compare(record: Record, wanted: Record) -> None:

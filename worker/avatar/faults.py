@@ -26,8 +26,8 @@ def of_answer(
     """The result of a call that was answered. `document` is the parsed body, None where it is not JSON.
 
     `creating`: the call was authorised by the Kaltura Session, so that 401 and 403 speak of it; elsewhere they speak of
-    the avatar session, and an end of it may be told as 401, 404 or 410. The `secret` that was sent is taken out of what the
-    vendor says.
+    the avatar session, and an end of it may be told as 401, 404 or 410. The `secret` that was sent is taken out of what
+    the vendor says.
     """
     error = _error(document)
     error = redacted(error.replace(secret, "[redacted]") if secret else error)[:200]

@@ -27,6 +27,8 @@ class Closing:
 
     def next_due(self) -> float | None:
         """When the next turn may be."""
+        if not len(self._book):
+            self._heard = {turn_id: heard for turn_id, heard in self._heard.items() if self._is_open(turn_id)}
         return min(self._heard.values()) + self._after_s if self._heard else None
 
     def due(self, now: float) -> Iterator[str]:
@@ -35,6 +37,8 @@ class Closing:
             if any(speak_of(chunk).turn_id == turn_id for chunk in self._book.chunks()):
                 continue
             del self._heard[turn_id]
-            turn = self._turns.get(turn_id)
-            if turn is not None and turn.state is TurnState.OPEN:
+            if self._is_open(turn_id):
                 yield turn_id
+
+    def _is_open(self, turn_id: str) -> bool:
+        return turn_id in self._turns and self._turns[turn_id].state is TurnState.OPEN

@@ -163,6 +163,10 @@ class Memory:
         """The conversation's commands come from there; that is written with whatever is written next."""
         self.state = self._written = replace(self.state, partition=partition)
 
+    def move(self, partition: int) -> None:
+        """The conversation's commands come from there; that is to be written."""
+        self.update(partition=partition)
+
     def turn(self, turn_id: str, now: float) -> Turn:
         """The turn, to be changed; new if it was never heard of."""
         turn = self.turns.setdefault(turn_id, Turn())

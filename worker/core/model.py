@@ -46,6 +46,18 @@ class Entry:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Marker:
+    """What was sent through the old partition of a conversation whose commands come from partition `to` now.
+
+    No command: no event tells of it, and it is never parked.
+    """
+
+    conversation_id: str
+    to: int
+    delivery: object
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Misfit:
     """One delivered message that is no command."""
 

@@ -14,6 +14,9 @@ from worker.core.shaping.shaper import NEW_TURN, Shaper, Shaping, State, split
 from worker.core.shaping.shaper import Piece as Shaped
 from worker.core.work import Rules
 
+SLICE = 1000
+"""Characters read at once: a long chunk does not hold up other conversations."""
+
 
 class Pieces:
     """The pieces of the turn at the head of the book, one at a time."""
@@ -54,6 +57,7 @@ class _Draft:
         self._shaper = Shaper(shaping, self._state)
         self._cap = shaping.cutting.cap
         self._chunks: deque[tuple[Entry, int, int]] = deque()  # where in the turn it begins and ends
+        self._unread: deque[str] = deque()
         self._read = self._state.offset
         self._since = now
         self._ended = False
@@ -66,18 +70,19 @@ class _Draft:
         return same and (len(run) == len(self._chunks) if self._ended else len(run) >= len(self._chunks))
 
     def read(self, run: Sequence[Entry], now: float, *, ends: bool) -> None:
-        """Take in the chunks that are new."""
+        """Take in the chunks that are new, and read on until a piece is decided: no more, however much there is."""
         for entry in run[len(self._chunks) :]:
             text, spoken = speak_of(entry).text, self._spoken.get(entry.key, 0)
-            waiting = self._shaper.waiting if self._shaper.pending else -1
-            decided = self._shaper.push(text[spoken:])
-            if decided or self._shaper.waiting > waiting:
-                self._since = now
-            self.decided += decided
+            self._unread += (text[at : at + SLICE] for at in range(spoken, len(text), SLICE))
             begin = self._read - spoken
             self._read = begin + len(text)
             self._chunks.append((entry, begin, self._read))
-        if ends and not self._ended:
+        while self._unread and not self.decided:
+            waiting = self._shaper.waiting if self._shaper.pending else -1
+            self.decided += self._shaper.push(self._unread.popleft())
+            if self.decided or self._shaper.waiting > waiting:
+                self._since = now
+        if ends and not (self._unread or self._ended):
             self._ended = True
             self.decided += self._shaper.finish()
             self._join_last()

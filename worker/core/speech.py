@@ -60,13 +60,11 @@ class Speech:
     def plan_closing(self, now: float, *, has_session: bool) -> Piece | None:
         """Close the turns that have been silent for long, or say what closes one: a piece without chunks."""
         attempt = self._memory.state.attempt
-        if (
-            self.piece is None
-            and attempt is not None
-            and not attempt.parts
-            and not self._memory.is_silent(attempt.turn_id)
-        ):
-            self._resume(attempt, now)
+        if self.piece is None and attempt is not None and not attempt.parts:
+            if self.outdated(now):
+                self.drop()
+            else:
+                self._resume(attempt, now)
         if self.piece is not None:
             if self.piece.parts:
                 return None

@@ -7,6 +7,7 @@ comes before whatever the broker still has: it was taken from the head of the qu
 import uuid
 from collections.abc import Sequence
 from functools import partial
+from typing import cast
 
 from worker.core.model import Entry, Misfit
 from worker.ports import BacklogStore, Grant, KeepableDelivery, Kept, Tenure
@@ -41,9 +42,9 @@ class Backlog:
         return grant
 
     async def take(self, conversation_id: str, tenure: Tenure) -> list[Entry | Misfit]:
-        """What is kept of the conversation, in order, but for what is being settled under the same tenure."""
+        """What is kept of the conversation from that partition, in order, but for what is in hand under the tenure."""
         taken = []
-        for one in await self._store.kept(conversation_id):
+        for one in await self._store.kept(conversation_id, tenure.partition):
             if self._in_hand.get(one.key) is not tenure:
                 self._in_hand[one.key] = tenure
                 taken.append(tenure.unpack(one.entry_key, one.packed, partial(self._let_go, one.key)))
@@ -67,5 +68,4 @@ class Backlog:
 
 def keepable(entry: Entry) -> KeepableDelivery:
     """The delivery of an entry known to be keepable."""
-    assert isinstance(entry.delivery, KeepableDelivery)
-    return entry.delivery
+    return cast(KeepableDelivery, entry.delivery)

@@ -11,10 +11,11 @@ import structlog
 
 from worker.core import verdict
 from worker.core.breaker import Breaker
-from worker.core.model import Entry, Misfit
+from worker.core.model import Entry, Marker, Misfit
 from worker.core.work import Rules
 from worker.flow.backlog import LOOK_S, TICK_S, Backlog
 from worker.flow.desk import Desk
+from worker.flow.moved import Mark
 from worker.flow.runner import ExpressDelivery, Runner
 from worker.flow.settler import Settler
 from worker.ops import logs
@@ -27,7 +28,15 @@ class Lanes:
     """Routes what is delivered to the runner of its conversation, by a plain call: no await between broker and lane."""
 
     def __init__(
-        self, rules: Rules, *, desk: Desk, ledger: Ledger, backlog: Backlog, settler: Settler, clock: Clock
+        self,
+        rules: Rules,
+        *,
+        desk: Desk,
+        ledger: Ledger,
+        backlog: Backlog,
+        settler: Settler,
+        mark: Mark,
+        clock: Clock,
     ) -> None:
         self.tenure_of: Callable[[int], Tenure | None] = lambda _: None
         """The tenure under which this worker owns a partition just now, if it does: the inbox knows."""
@@ -39,6 +48,7 @@ class Lanes:
         self._ledger = ledger
         self._backlog = backlog
         self._settler = settler
+        self._mark = mark
         self._clock = clock
         self._runners: dict[str, Runner] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -54,14 +64,17 @@ class Lanes:
             runner = self._start(conversation_id)
         runner.offer(entry)
 
+    def pass_through(self, marker: Marker) -> None:
+        """Take a marker: it has passed when all that came before it has ended."""
+        if not self._stopping:
+            (self._runners.get(marker.conversation_id) or self._start(marker.conversation_id)).pass_through(marker)
+
     def hear(self, entry: Entry) -> None:
         """Take the express copy of an interrupt; whoever does not own its conversation lets it pass."""
         if self._stopping:
             return
         runner = self._runners.get(entry.command.conversation_id)
-        if runner is not None:
-            runner.hear(entry)
-        else:
+        if runner is None or not runner.hear(entry):
             task = asyncio.create_task(self._hear_idle(entry), context=contextvars.Context())
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
@@ -125,6 +138,13 @@ class Lanes:
         for runner in self._runners.values():
             runner.forget(tenure)
 
+    async def leave(self, tenure: Tenure) -> None:
+        """Begin nothing more under the tenure; return when what was under way has ended and is acknowledged."""
+        under_way = [runner for runner in self._runners.values() if runner.is_calling_under(tenure)]
+        self.forget(tenure)
+        await asyncio.gather(*(runner.after_call() for runner in under_way))
+        await self._settler.settled(runner.conversation_id for runner in under_way)
+
     def is_served(self, conversation_id: str) -> bool:
         """Whether the conversation has something to do here."""
         return conversation_id in self._runners
@@ -158,6 +178,7 @@ class Lanes:
             ledger=self._ledger,
             backlog=self._backlog,
             settler=self._settler,
+            mark=self._mark,
             clock=self._clock,
             disorders=self.disorders,
         )

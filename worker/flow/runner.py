@@ -11,8 +11,8 @@ import random
 from collections import Counter, deque
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
-from typing import Any
+from itertools import islice, takewhile
+from typing import Any, cast
 
 import structlog
 
@@ -22,16 +22,17 @@ from worker.core.book import Book
 from worker.core.breaker import Breaker
 from worker.core.lane import Lane
 from worker.core.memory import Memory
-from worker.core.model import CallKind, CallResult, Entry, Misfit, Session
+from worker.core.model import CallKind, CallResult, Entry, Marker, Misfit, Session
 from worker.core.pressure import Pressure
 from worker.core.verdict import Conclusion
 from worker.core.work import INTENT_S, Call, CallInterrupt, InitClient, Rules, Say, Wait
 from worker.errors import LinkLost
 from worker.flow.backlog import HOLD_S, Backlog, keepable
 from worker.flow.desk import Desk
+from worker.flow.moved import Mark, Moved
 from worker.flow.settler import Settler
 from worker.ops import logs
-from worker.ports import Clock, Delivery, Grant, KeepableDelivery, Ledger, Tenure
+from worker.ports import Clock, Delivery, Grant, Ledger, Tenure
 
 _log = structlog.stdlib.get_logger(__name__)
 
@@ -57,6 +58,7 @@ class Runner:
         ledger: Ledger,
         backlog: Backlog,
         settler: Settler,
+        mark: Mark,
         clock: Clock,
         disorders: Counter[str],
     ) -> None:
@@ -67,12 +69,15 @@ class Runner:
         self._ledger = ledger
         self._backlog = backlog
         self._settler = settler
+        self._mark = mark
         self._clock = clock
         self._disorders = disorders
         self._pressure = Pressure(conversation_id, rules)
         self._waiting_chars = 0
         self._pausing: asyncio.Task[None] | None = None
-        self._arrived: deque[Entry] = deque()
+        self._arrived: deque[Entry | Marker] = deque()
+        self._moved: dict[Tenure, Moved] = {}
+        self._gone: int | None = None
         self._held: deque[Entry] = deque()
         self._summons: Tenure | None = None
         self._tenure: Tenure | None = None
@@ -82,31 +87,43 @@ class Runner:
         self._lane = Lane(self._book, rules)
         self._admitting = asyncio.Lock()
         self._in_call = False
+        self._called = asyncio.Event()
         self._keeping = False
         self._errands: set[asyncio.Task[None]] = set()
+        self._moves: set[asyncio.Task[None]] = set()
         self._wake = asyncio.Event()
         self._stopping = asyncio.Event()
 
     def offer(self, entry: Entry) -> None:
         """Take a command; the lane has it as soon as no call is under way, an interrupt at once."""
-        self._arrived.append(entry)
-        if isinstance(entry.delivery, KeepableDelivery):
+        self._place(entry)
+        if not entry.express:
             self._held.append(entry)
         self._wake.set()
-        if self._in_call and isinstance(entry.command, Interrupt):
+        if self._in_call and (isinstance(entry.command, Interrupt) or tenure_of(entry) is not self._tenure):
             self._start(self._hear())
         elif self._in_call and isinstance(entry.command, Speak):
             self._press(self._waiting_chars + len(entry.command.text))
 
-    def hear(self, entry: Entry) -> None:
-        """Take the express copy of an interrupt, under whatever tenure the conversation is served."""
+    def pass_through(self, marker: Marker) -> None:
+        """Take a marker; it has passed when all before it has ended."""
+        self._place(marker)
+        self._wake.set()
+
+    def _place(self, one: Entry | Marker) -> None:
+        moved = self._moved.get(tenure_of(one))
+        (self._arrived if moved is None else moved.waiting).append(one)
+
+    def hear(self, entry: Entry) -> bool:
+        """Take the express copy of an interrupt, under whatever tenure the conversation is served. False: it is not."""
         tenure = self._tenure or (tenure_of(self._arrived[0]) if self._arrived else None)
         if tenure is not None:
             self.offer(replace(entry, delivery=ExpressDelivery(tenure)))
+        return tenure is not None
 
     def summon(self, tenure: Tenure) -> None:
         """Serve what the store keeps of the conversation, whether or not something is delivered."""
-        if self._tenure is None and not self._arrived:
+        if self._tenure is None and not self._arrived and tenure not in self._moved:
             self._summons = tenure
             self._wake.set()
 
@@ -114,21 +131,27 @@ class Runner:
         """Have the store keep what is held, if there is much of it, or if it has been held for long."""
         while self._held and keepable(self._held[0]).settled:
             self._held.popleft()
-        if self._keeping or self._tenure is None or not self._held:
+        if self._keeping or not self._held:
+            return
+        tenure = tenure_of(self._held[0])
+        if tenure is not self._tenure and tenure not in self._moved:
             return
         if now - keepable(self._held[0]).received > HOLD_S or len(self._held) > self._backlog.most:
             self._keeping = True
-            self._start(self._keep(self._tenure))
+            self._start(self._keep(tenure))
 
     async def _keep(self, tenure: Tenure) -> None:
         try:
+            epoch = await tenure.epoch()
             held = [one for one in self._held if tenure_of(one) is tenure and not keepable(one).settled]
-            if await self._backlog.keep(self.conversation_id, held, tenure, self._epoch) is Grant.REFUSED:
+            if await self._backlog.keep(self.conversation_id, held, tenure, epoch) is Grant.REFUSED:
                 tenure.refused()
                 self.forget(tenure)
             else:
-                moved = set(held)
-                self._held = deque(one for one in self._held if one not in moved)
+                kept = set(held)
+                self._held = deque(one for one in self._held if one not in kept)
+        except LinkLost:
+            self.forget(tenure)
         finally:
             self._keeping = False
 
@@ -136,12 +159,24 @@ class Runner:
         """The tenure has ended: what it brought will be delivered again, to whoever owns the partition then."""
         self._arrived = deque(entry for entry in self._arrived if tenure_of(entry) is not tenure)
         self._held = deque(entry for entry in self._held if tenure_of(entry) is not tenure)
+        self._moved.pop(tenure, None)
         if self._summons is tenure:
             self._summons = None
         if self._tenure is tenure:
             self._tenure = None
             self._pressure.forget()
+            self._repeat_pause()
         self._wake.set()
+
+    def is_calling_under(self, tenure: Tenure) -> bool:
+        """Whether a call is under way that was begun under the tenure."""
+        return self._in_call and self._tenure is tenure
+
+    async def after_call(self) -> None:
+        """Return when the call that is under way has ended and its outcome is being recorded."""
+        if self._in_call:
+            self._called.clear()
+            await self._called.wait()
 
     def stop(self) -> None:
         """Begin nothing new; the call under way ends and is recorded."""
@@ -155,7 +190,7 @@ class Runner:
             if self._errands:
                 await asyncio.wait(self._errands)
         finally:
-            for errand in self._errands:
+            for errand in (*self._errands, *self._moves):
                 errand.cancel()
 
     async def _serve_on(self) -> None:
@@ -184,12 +219,17 @@ class Runner:
             self._press(self._lane.waiting_chars)
             if step.work is None:
                 self._submit(step.conclusions)
-                await _before(self._wake, LINGER_S)
-                if not self._arrived and not self._errands:
+                # What has arrived but not been admitted waits for errands, or for the lane, which is empty now.
+                if not self._arrived or self._errands:
+                    await _before(self._wake, LINGER_S)
+                if not self._arrived and not self._errands and not self._moved:
                     return
                 if self._tenure is not None and self.conversation_id not in self._desk.leases:
                     self._lane.begin(*await self._desk.recall(self.conversation_id))
             elif isinstance(step.work, Wait):
+                if self._tenure is not None and not self._memory.version:
+                    # Should its key move meanwhile, there must be a row that tells where it came from.
+                    self._memory.move(self._tenure.partition)
                 self._submit(step.conclusions)
                 await _before(self._wake, step.work.until - self._clock())
             else:
@@ -200,10 +240,11 @@ class Runner:
                     result = await self._call(step.work, step.conclusions)
                 finally:
                     self._in_call = False
+                    self._called.set()
                     self._breaker.record(result, self._clock())
 
     async def _hear(self) -> None:
-        """Admit what has arrived although a call is under way: an interrupt is among it."""
+        """Admit what has arrived although a call is under way: an interrupt is among it, or its key has moved."""
         try:
             async with self._admitting:
                 if self._in_call and self._tenure is not None:
@@ -230,6 +271,9 @@ class Runner:
         event = self._pressure.look(waiting_chars, self._clock())
         if event is not None:
             self._settler.submit([Conclusion(event)])
+        self._repeat_pause()
+
+    def _repeat_pause(self) -> None:
         if self._pressure.again_at is not None and self._pausing is None:
             self._pausing = self._start(self._press_on())
         elif self._pressure.again_at is None and self._pausing is not None:
@@ -245,32 +289,47 @@ class Runner:
     def _start(self, errand: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(errand)
         self._errands.add(task)
-        task.add_done_callback(self._errands.discard)
+
+        def end(_: asyncio.Task[None]) -> None:
+            self._errands.discard(task)
+            self._wake.set()
+
+        task.add_done_callback(end)
         return task
 
     async def _admit(self) -> None:
         """Hand what has arrived to the lane, once it is known whether it ended before."""
         if self._tenure is None:
             self._set_up(Memory(), None, None)
-        if self._summons is not None and not self._arrived:
+        if self._summons is not None and self._tenure is None and not self._arrived:
             await self._begin(self._summons)
         self._summons = None
         while self._arrived:
-            tenure = tenure_of(self._arrived[0])
-            if tenure is not self._tenure:
+            head = self._arrived[0]
+            tenure = tenure_of(head)
+            if self._tenure is not None and tenure.partition != self._tenure.partition:
+                self._hold(tenure)
+            elif tenure is not self._tenure:
                 if self._in_call or len(self._lane):
                     return
                 await self._begin(tenure)
-                continue
-            here = list(islice(self._arrived, LOOKED_UP))
-            await self._look_up({entry.known_as for entry in here if entry.known_as is not None})
-            # No more than was looked up: others may have arrived, or the tenure may have ended, meanwhile.
-            for entry in here:
-                if tenure_of(entry) is not tenure or self._tenure is not tenure:
-                    break
-                self._submit(self._lane.offer(entry, self._clock()))
-                self._arrived.popleft()
-                self._note_disorder()
+            elif isinstance(head, Marker):
+                if self._in_call or len(self._lane) or self._errands:
+                    return
+                await self._pass(head)
+            else:
+                await self._offer_arrived(tenure)
+
+    async def _offer_arrived(self, tenure: Tenure) -> None:
+        here = list(takewhile(lambda one: isinstance(one, Entry), islice(self._arrived, LOOKED_UP)))
+        await self._look_up({one.known_as for one in here if isinstance(one, Entry) and one.known_as is not None})
+        # No more than was looked up: others may have arrived, or the tenure may have ended, meanwhile.
+        for one in here:
+            if not isinstance(one, Entry) or tenure_of(one) is not tenure or self._tenure is not tenure:
+                break
+            self._submit(self._lane.offer(one, self._clock()))
+            self._arrived.popleft()
+            self._note_disorder()
 
     def _note_disorder(self) -> None:
         for one in self._lane.take_disorders():
@@ -299,13 +358,76 @@ class Runner:
         except LinkLost:
             self.forget(tenure)
             return
-        session, lost = await self._desk.recall(self.conversation_id)
+        # The ledger waits out an outage of the store, the desk does not.
         memory = await self._ledger.recall(self.conversation_id)
+        if memory.state.partition not in (None, tenure.partition, self._gone):
+            if self._tenure is tenure:
+                self._tenure = None
+                self._hold(tenure)
+            return
+        self._gone = None
         kept = await self._backlog.take(self.conversation_id, tenure)
+        session, lost = await self._desk.recall(self.conversation_id)
         memory.settle_in(tenure.partition)
         self._set_up(memory, session, lost)
         self._arrived.extendleft(entry for entry in reversed(kept) if isinstance(entry, Entry))
         self._settler.submit(verdict.rejected(misfit) for misfit in kept if isinstance(misfit, Misfit))
+
+    def _hold(self, tenure: Tenure) -> None:
+        """The key has moved: what comes under this tenure waits until all that came from the old partition has ended.
+
+        But for markers in front of it: nothing stands before them, so they have passed.
+        """
+        moved = Moved(self.conversation_id, tenure, ledger=self._ledger, mark=self._mark, clock=self._clock)
+        moved.waiting.extend(one for one in self._arrived if tenure_of(one) is tenure)
+        self._arrived = deque(one for one in self._arrived if tenure_of(one) is not tenure)
+        had = len(moved.waiting)
+        while moved.waiting and isinstance(moved.waiting[0], Marker):
+            self._settler.acknowledge(self.conversation_id, delivery_of(moved.waiting.popleft()))
+        if had and not moved.waiting:
+            return
+        self._moved[tenure] = moved
+        task = asyncio.create_task(self._release(tenure, moved))
+        self._moves.add(task)
+        task.add_done_callback(self._moves.discard)
+
+    async def _release(self, tenure: Tenure, moved: Moved) -> None:
+        """Let what is held go on when it may."""
+        gone = await moved.over()
+        if self._moved.get(tenure) is moved:
+            del self._moved[tenure]
+            self._gone = gone
+            self._arrived.extend(moved.waiting)
+            if not moved.waiting:
+                self._summons = tenure
+            self._wake.set()
+
+    async def _pass(self, marker: Marker) -> None:
+        """All that came before the marker has ended: the conversation moves."""
+        tenure = self._tenure
+        assert tenure is not None
+        self._memory.move(marker.to)
+        changes = self._memory.take_changes()
+        if changes is not None:
+            grant = await self._ledger.intend(self.conversation_id, changes, tenure.partition, self._epoch)
+            if self._tenure is not tenure:
+                return
+            if grant is Grant.OUTDATED:
+                self._rebuild()
+                return
+            if grant is Grant.REFUSED:
+                tenure.refused()
+                self.forget(tenure)
+                return
+            _log.info(
+                logs.CONVERSATION_PASSED,
+                conversation_id=self.conversation_id,
+                partition=tenure.partition,
+                to=marker.to,
+            )
+        self._arrived.popleft()
+        self._settler.acknowledge(self.conversation_id, delivery_of(marker))
+        self._tenure = None
 
     def _set_up(self, memory: Memory, session: Session | None, lost: Session | None) -> None:
         self._memory = memory
@@ -394,10 +516,14 @@ class ExpressDelivery:
         return True
 
 
-def tenure_of(entry: Entry) -> Tenure:
-    """The ownership an entry was delivered under."""
-    assert isinstance(entry.delivery, Delivery)
-    return entry.delivery.tenure
+def delivery_of(one: Entry | Marker) -> Delivery:
+    """The broker's side of it."""
+    return cast(Delivery, one.delivery)  # isinstance of a protocol costs as much as all else that is done here
+
+
+def tenure_of(one: Entry | Marker) -> Tenure:
+    """The ownership it was delivered under."""
+    return delivery_of(one).tenure
 
 
 async def _before(event: asyncio.Event, seconds: float) -> None:

@@ -36,10 +36,11 @@ class SqlBacklog:
         """See `ports.BacklogStore`, here and below."""
         self._database.ask_together(_delete, key, _SETTLED)
 
-    async def kept(self, conversation_id: str) -> list[Kept]:
+    async def kept(self, conversation_id: str, partition: int) -> list[Kept]:
         """In order of `position`."""
+        mine = sa.and_(backlog.c.conversation_id == conversation_id, backlog.c.partition == partition)
         query = sa.select(backlog.c.key, backlog.c.entry_key, backlog.c.packed)
-        query = query.where(backlog.c.conversation_id == conversation_id).order_by(backlog.c.position)
+        query = query.where(mine).order_by(backlog.c.position)
         return await self._database.read(
             lambda connection: [Kept(*row) for row in connection.execute(query)], patient=True
         )

@@ -204,7 +204,7 @@ class Database:
                 await self._pause(error)
                 try:
                     await self._backend.read(lambda connection: connection.execute(sa.select(1)).scalar_one())
-                except Unreachable as still:
+                except Exception as still:  # noqa: BLE001 - whatever it is, it is not back
                     error = still
                 else:
                     return

@@ -39,7 +39,11 @@ class Postgres:
         dsn, arguments = arguments_of(url)
 
         async def connect() -> asyncpg.Connection:
-            return await asyncpg.connect(dsn, command_timeout=ANSWER_S, server_settings=_SERVER, **arguments)
+            try:
+                return await asyncpg.connect(dsn, command_timeout=ANSWER_S, server_settings=_SERVER, **arguments)
+            except Exception as error:  # noqa: BLE001 - whatever it is, there is no connection
+                quotes = type(error) is ValueError  # the address, and with it the password
+                raise Unreachable("no address" if quotes else str(error) or "no answer in time") from None
 
         def engine(connections: int, isolation: str) -> AsyncEngine:
             return create_async_engine(
@@ -65,11 +69,17 @@ class Postgres:
         return await self._to_the_end(_twice(self._readers, work))
 
     async def close(self) -> None:
-        """What is under way ends first."""
+        """What is under way ends first, as long as the server answers."""
         if self._running:
-            await asyncio.wait(self._running)
-        await self._writer.dispose()
-        await self._readers.dispose()
+            await asyncio.wait(self._running, timeout=CONNECT_S)
+            for task in self._running:
+                task.cancel()
+        for engine in (self._writer, self._readers):
+            try:
+                async with asyncio.timeout(CONNECT_S):
+                    await engine.dispose()
+            except TimeoutError:
+                await engine.dispose(close=False)
 
     async def _to_the_end(self, running: Coroutine[Any, Any, T]) -> T:
         """SQLAlchemy throws away a connection whose user is cancelled."""
@@ -95,7 +105,7 @@ async def _once(engine: AsyncEngine, work: Work[T]) -> T:
             except OSError:
                 await connection.invalidate()
                 raise
-    except (sa.exc.SQLAlchemyError, asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as error:
+    except (sa.exc.SQLAlchemyError, OSError) as error:
         raise _meaning(error) from None
 
 
@@ -105,17 +115,16 @@ def _transact(connection: sa.Connection, work: Work[T]) -> T:
 
 
 def _meaning(error: Exception) -> Exception:
-    if isinstance(error, asyncpg.InterfaceError) and isinstance(error, ValueError):
-        return ConfigurationError(f"STORE_URL: {error}")
     if isinstance(error, OSError | sa.exc.TimeoutError):
         return Unreachable(str(error) or "no answer in time")
-    reason = error.orig if isinstance(error, sa.exc.DBAPIError) else error
-    code = getattr(reason, "sqlstate", None) or ""
+    if not isinstance(error, sa.exc.DBAPIError):
+        return error
+    code = getattr(error.orig, "sqlstate", None) or ""
     if code in _CONTENDED:
-        return Contended(str(reason))
-    gone = isinstance(error, sa.exc.InterfaceError) or getattr(error, "connection_invalidated", False)
-    if gone or code == _READ_ONLY or code[:2] in _UNREACHABLE or not isinstance(error, sa.exc.SQLAlchemyError):
-        return Unreachable(str(reason))
+        return Contended(str(error.orig))
+    gone = error.connection_invalidated or isinstance(error, sa.exc.InterfaceError)
+    if gone or code == _READ_ONLY or code[:2] in _UNREACHABLE:
+        return Unreachable(str(error.orig))
     return error
 
 

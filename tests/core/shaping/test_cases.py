@@ -225,7 +225,7 @@ CLEANED = [
     ("<think>Let me see.\n\nHm.</think>Yes.", "Yes."),
     ('<a href="https://example.com">Here</a>', "Here"),
     # white space and stray characters
-    ("  a  b\t c\u2003d \r\n e  ", "a b c d e"),
+    ("  a  b\t c\u2003d \r\n e  ", "a b c d e "),
     ("a\n\n\n\nb", "a\nb"),
     ("zero\u200bwidth\ufeff and\x00 \x07bell", "zerowidth and bell"),
     ("\u200fשלום\u200e a\u2028b", "שלום a b"),

@@ -65,7 +65,7 @@ class Cleaner:
         return self._base + self._at
 
     def feed(self, raw: str, *, final: bool = False) -> None:
-        """Read on. Once `final`, nothing is undecided, and white space at the end goes."""
+        """Read on. Once `final`, nothing is undecided; line feeds at the end go, and white space alone."""
         if final:
             self._final, self._grammar = True, grammar(self._clean, final=True)
         self._raw += raw
@@ -75,7 +75,8 @@ class Cleaner:
         keep = max(0, at - 1)
         self._raw, self._at, self._base = self._raw[keep:], at - keep, self._base + keep
         if final:
-            self._drop_end(len(self.text) - len(self.text.rstrip(" \n")))
+            rest = self.text.rstrip("\n")
+            self._drop_end(len(self.text) - len(rest if rest.strip(" \n") else ""))
 
     def take(self, length: int) -> tuple[str, int, MarkUp]:
         """Remove `length` characters of `text`. Returns them, the offset in the turn they reach, the memory there."""
