@@ -160,7 +160,12 @@ def _facts(document: dict[str, Any]) -> list[tuple[str, str]]:
         made = (
             "attached" if session["attached"] else f"avatar {session['avatar_id']}, voice {session['voice_id'] or '-'}"
         )
-        facts.append(("session", f"{session['session_id']} ({made}), last used {session['last_used']}"))
+        facts.append(
+            (
+                "session",
+                f"{session['session_id'] or '-'}, {session['state']} ({made}), last used {session['last_used']}",
+            )
+        )
         until = "holds it until" if session["held"] else "let go of it, or died; the lease ran until"
         facts.append(("owner", f"{session['owner']} {until} {session['lease_until']}"))
     attempt = document["attempt"]

@@ -136,7 +136,9 @@ class AvatarClient:
             async with request as answer:
                 document = faults.parsed(await answer.read())
                 retry_after = answer.headers.get("Retry-After")
-                return faults.of_answer(answer.status, document, retry_after, creating=creating), document
+                secret = (authorization or "").partition(" ")[2]
+                result = faults.of_answer(answer.status, document, retry_after, creating=creating, secret=secret)
+                return result, document
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             return faults.of_exception(error), None
 

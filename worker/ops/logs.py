@@ -39,7 +39,11 @@ STORE_FAILED = "store_failed"
 SESSION_ENDED = "session_ended"
 SESSION_ADOPTED = "session_adopted"
 
-_SECRETS = re.compile(r"(?i)\b(bearer|ks)\s+[\w.~+/=|-]{8,}|(?<=://)[^/@\s:]*:[^/@\s]*(?=@)")
+_SECRETS = re.compile(
+    r"(?i)\b(bearer|ks)\s+[\w.~+/=|-]{8,}|(?<=://)[^/@\s:]*:[^/@\s]*(?=@)"
+    # A Kaltura Session and a JWT, wherever they stand.
+    r"|(?-i:djJ8[\w+/=-]{8,}|eyJ[\w-]{8,}(\.[\w-]*){0,2})"
+)
 
 
 def redacted(text: str) -> str:

@@ -21,6 +21,7 @@ class KnownSession:
     """A session and who holds it. Times are epoch seconds; `lease_until` 0: let go of."""
 
     session_id: str
+    state: str
     avatar_id: str | None
     voice_id: str | None
     attached: bool
@@ -95,6 +96,7 @@ def _count(connection: sa.Connection, which: sa.ColumnElement[bool]) -> int:
 def _session(row: sa.Row[tuple[object, ...]]) -> KnownSession:
     return KnownSession(
         session_id=row.session_id,
+        state=row.state,
         avatar_id=row.avatar_id,
         voice_id=row.voice_id,
         attached=row.attached,
