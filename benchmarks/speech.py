@@ -193,7 +193,9 @@ def report(latency_ms: int, load: Load, transcript: dict[str, Any]) -> dict[str,
             first.append(late[0])
             all_ += late
     if not whole:
-        raise SystemExit(f"every answer stalled: {len(deciding)} pieces were to be, calls {[*map(len, begun.values())]}")
+        raise SystemExit(
+            f"every answer stalled: {len(deciding)} pieces were to be, calls {[*map(len, begun.values())]}"
+        )
     third = len(load.waiting) // 3
     return {
         "api latency ms": latency_ms,

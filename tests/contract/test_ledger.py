@@ -13,7 +13,7 @@ import sqlalchemy as sa
 
 from schemas.events import Event, SpeechAccepted, SpeechDiscarded, TurnCompleted, TurnStarted
 from tests.support.fakes import FakeClock, until
-from worker.core.memory import Attempt, Changes, Ended, Memory, SentPart, State, Turn, TurnState
+from worker.core.memory import NAMED, Attempt, Changes, Ended, Memory, SentPart, State, Turn, TurnState
 from worker.ports import Grant, Ledger
 from worker.stores.backend import Unreachable
 from worker.stores.database import Database
@@ -127,14 +127,14 @@ async def other(open_: Open, ledger: Ledger) -> Ledger:
 
 
 def contents(memory: Memory) -> tuple[State, dict[str, Turn], int]:
-    return memory.state, memory.turns, int(memory.version or 0)
+    return memory.state, memory.turns, int(memory.version.removeprefix("over ") or 0)
 
 
 class TestRecall:
     async def test_nothing_is_known_of_a_new_conversation(self, ledger: Ledger) -> None:
         memory = await ledger.recall("c1")
         assert contents(memory) == (State(), {}, 0)
-        assert memory.fresh
+        assert memory.version == ""
         assert await ledger.known("c1", ["m1"]) == {}
 
     async def test_every_field_comes_back_as_it_was(self, ledger: Ledger, other: Ledger) -> None:
@@ -142,7 +142,7 @@ class TestRecall:
         for one in (ledger, other):
             memory = await one.recall("c1")
             assert contents(memory) == (STATE, TURNS, 1)
-            assert not memory.fresh
+            assert memory.version
             assert memory.take_changes() is None
 
     async def test_conversations_are_apart(self, ledger: Ledger) -> None:
@@ -208,6 +208,21 @@ class TestKnown:
         those = {f"m{n}": ended(accepted(f"m{n}", key=f"{n}")) for n in range(5000)}
         await ledger.record("c1", changes(ended=those), outcome=False)
         assert len(await ledger.known("c1", list(those))) == 5000
+
+    @pytest.mark.parametrize("count", [3, NAMED + 1])
+    async def test_a_memory_knows_of_which_commands_it_has_to_ask(self, ledger: Ledger, count: int) -> None:
+        those = {f"m{n}": ended(accepted(f"m{n}", key=f"{n}")) for n in range(count)}
+        await ledger.record("c1", changes(ended=those), outcome=False)
+        memory = await ledger.recall("c1")
+        named = memory.to_look_up({"m0", "m2", "new"})
+        assert named == ({"m0", "m2"} if count <= NAMED else {"m0", "m2", "new"})
+
+    async def test_whoever_recalled_before_a_command_ended_beside_it_must_look_again(self, ledger: Ledger) -> None:
+        await ledger.record("c1", attempting(0, 1), outcome=False)
+        await ledger.end("c1", "m9", ended())
+        assert await ledger.record("c1", changes(1, State(number=1)), outcome=True) is Grant.GRANTED, "it is a fact"
+        assert await ledger.record("c1", changes(2, State(number=1)), outcome=False) is Grant.OUTDATED
+        assert (await ledger.recall("c1")).to_look_up({"m9"}) == {"m9"}
 
 
 class TestEpochs:

@@ -98,7 +98,7 @@ class TestLocks:
         async with under_way(workers[1], lambda connection: connection.execute(raise_)):
             intending = await waits(ours.intend("c1", attempting(0, 1), 0, epoch), postgres)
         assert await intending is Grant.REFUSED
-        assert (await theirs.recall("c1")).fresh
+        assert (await theirs.recall("c1")).version == ""
 
     @pytest.mark.parametrize("base", [0, 1], ids=["new", "known"])
     async def test_who_comes_second_is_outdated(
@@ -153,7 +153,7 @@ class TestLocks:
         with pytest.raises(sa.exc.DBAPIError):
             async with under_way(workers[0], silent):
                 assert await theirs.raise_epoch(0) == epoch + 1
-        assert (await theirs.recall("c1")).fresh
+        assert (await theirs.recall("c1")).version == ""
 
 
 class TestSessions:
@@ -267,7 +267,7 @@ class TestOutage:
                 await sessions.take("c1", "w1", 200.0)
             proxy.passing.set()
             assert await intent is Grant.GRANTED
-            assert (await recalled).fresh
+            assert (await recalled).version == ""
             await database.close()
 
     async def test_closing_does_not_wait_for_a_black_hole(self, url: str, monkeypatch: pytest.MonkeyPatch) -> None:

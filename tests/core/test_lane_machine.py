@@ -209,6 +209,8 @@ class LaneMachine(RuleBasedStateMachine):
     def reuse_the_id(self, message: Published) -> None:
         if message.message_id is not None:
             self.chunks.setdefault(message.message_id, (self.numbers, "t1"))
+        else:
+            self.turns_without_id.add("t1")
         self.publish(message.message_id, {"turnId": "t1", "text": "reused", "isFinal": True})
 
     # What the runner, the API, the broker and the clock do.

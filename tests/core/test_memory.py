@@ -52,10 +52,10 @@ def test_what_ended_long_ago_is_left_to_the_ledger() -> None:
     for n in range(2 * KEPT_AT_HAND):
         memory.end(f"m{n}", ended(f"m{n}"))
         memory.trim()
-    assert (len(memory.ended), memory.fresh) == (2 * KEPT_AT_HAND, True)
+    assert (len(memory.ended), memory.elsewhere) == (2 * KEPT_AT_HAND, set())
     memory.end("last", ended("last"))
     memory.trim()
-    assert not memory.fresh, "it has to be asked now"
+    assert memory.to_look_up({"m1", "m4000", "new"}) == {"m1"}, "it has to be asked now"
     assert next(iter(memory.ended)) == f"m{KEPT_AT_HAND + 1}"
     assert len(memory.ended) == KEPT_AT_HAND
     changes = memory.take_changes()

@@ -3,7 +3,7 @@
 A lane changes its memory as it goes; `take_changes` hands over what is new since the last time, to be written.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from itertools import count
@@ -13,6 +13,8 @@ from worker.core.shaping import shaper
 
 KEPT_AT_HAND = 2000
 """Ended commands a lane remembers by itself; of older ones it asks the ledger."""
+NAMED = 10_000
+"""Ended commands of which a lane knows at least that they have ended."""
 
 NUMBERED_TURNS = 32
 """Of so many turns, the latest, a conversation remembers the numbers of their chunks."""
@@ -136,9 +138,9 @@ class Changes:
 class Memory:
     """The memory of one conversation.
 
-    `ended` holds what was looked up and what has ended since, not all that ever did. `fresh`: the ledger knew nothing
-    of the conversation, so there is nothing to look up. `version`: of what was recalled, and then of what was changed
-    since; it begins with `writer`, which no other memory has, so that no version is ever taken for another.
+    `ended` holds what was looked up and what has ended since, not all that ever did. `elsewhere` names the others, None
+    if they are too many: how they ended, only the ledger can tell. `version`: of what was recalled, and then of what
+    was changed since; it begins with `writer`, which no other memory has, so that no version is ever taken for another.
     """
 
     def __init__(
@@ -146,11 +148,12 @@ class Memory:
         state: State | None = None,
         turns: Mapping[str, Turn] | None = None,
         *,
+        elsewhere: Iterable[str] | None = (),
         version: str = "",
         writer: str = "",
     ) -> None:
         self.version = version
-        self.fresh = not version
+        self.elsewhere = None if elsewhere is None else set(elsewhere)
         self.state = state or State()
         self.turns: dict[str, Turn] = dict(turns or {})
         self.ended: dict[str, Ended] = {}
@@ -198,9 +201,16 @@ class Memory:
         """Leave it to the ledger to remember what ended long ago."""
         surplus = len(self.ended) - KEPT_AT_HAND
         if surplus > KEPT_AT_HAND:
-            self.fresh = False
-            for message_id in list(self.ended)[:surplus]:
+            oldest = list(self.ended)[:surplus]
+            for message_id in oldest:
                 del self.ended[message_id]
+            if self.elsewhere is not None:
+                self.elsewhere = None if len(self.elsewhere) > NAMED else self.elsewhere | set(oldest)
+
+    def to_look_up(self, message_ids: set[str]) -> set[str]:
+        """Which of these commands may have ended in a way that only the ledger knows."""
+        unknown = message_ids - self.ended.keys()
+        return unknown if self.elsewhere is None else unknown & self.elsewhere
 
     @property
     def spoken(self) -> Mapping[str, int]:

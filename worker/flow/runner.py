@@ -345,8 +345,8 @@ class Runner:
 
     async def _look_up(self, message_ids: set[str]) -> None:
         self._memory.trim()
-        unknown = message_ids - self._memory.ended.keys()
-        if unknown and not self._memory.fresh:
+        unknown = self._memory.to_look_up(message_ids)
+        if unknown:
             self._memory.ended |= await self._ledger.known(self.conversation_id, list(unknown))
 
     async def _begin(self, tenure: Tenure) -> None:

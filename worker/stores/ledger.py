@@ -12,7 +12,7 @@ import structlog
 from sqlalchemy.dialects.postgresql import insert
 
 from schemas.events import EVENT_TYPES, Event
-from worker.core.memory import Attempt, Changes, Ended, Memory, SentPart, State, Turn, TurnState
+from worker.core.memory import NAMED, Attempt, Changes, Ended, Memory, SentPart, State, Turn, TurnState
 from worker.core.shaping import shaper
 from worker.ops import logs
 from worker.ports import Clock, Grant, HeldState
@@ -97,6 +97,8 @@ class SqlLedger:
             if stands is None:
                 for table, row in _ended_rows(conversation_id, known_as, ended):
                     connection.execute(_STATEMENTS[table], [row])
+                # Whoever serves the conversation must look again: it knows which commands have ended.
+                connection.execute(sa.update(conversations).where(mine).values(version=f"ended {uuid.uuid4().hex}"))
             return stands or ended
 
         return await asyncio.shield(self._database.ask(work, _PLACE, alone=True))
@@ -168,7 +170,10 @@ def recalled(connection: sa.Connection, conversation_id: str) -> Memory:
     known = {
         one.turn_id: Turn(TurnState(one.state), one.pieces, one.text_length, one.touched, one.replay) for one in found
     }
-    return Memory(_state(row.state), known, version=row.version, writer=writer)
+    names = sa.select(commands.c.message_id).where(commands.c.conversation_id == conversation_id).limit(NAMED + 1)
+    ended = connection.execute(names).scalars().all()
+    elsewhere = ended if len(ended) <= NAMED else None
+    return Memory(_state(row.state), known, elsewhere=elsewhere, version=row.version, writer=writer)
 
 
 def _lock(connection: sa.Connection, conversation_ids: Collection[str]) -> dict[str, _Row]:
@@ -213,7 +218,9 @@ def _judge(job: _Job, rows: dict[str, _Row], epochs: Mapping[int, int], ready: M
     mine = state.number == attempt if job.outcome else job.changes.base == version
     if not mine:
         return Grant.OUTDATED
-    rows[job.conversation_id] = (job.changes.version, state.number if state.attempt else None)
+    # Where an outcome is written over what somebody else wrote, nothing can go on from it.
+    written = job.changes.version if job.changes.base == version else f"over {job.changes.version}"
+    rows[job.conversation_id] = (written, state.number if state.attempt else None)
     return Grant.GRANTED
 
 
