@@ -1,13 +1,25 @@
 """The book of one conversation: what waits, how what waited has ended, and what is to be told of it."""
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 from schemas.commands import Interrupt, Speak
 from worker.core import verdict
 from worker.core.memory import Ended, Memory
 from worker.core.model import Entry, Session
 from worker.core.verdict import Conclusion
+
+
+@dataclass(slots=True)
+class _Run:
+    """What `Book.run` has found so far: nothing but what is added later can change it, until something leaves."""
+
+    turn_id: str
+    chunks: list[Entry] = field(default_factory=list)
+    seen: set[str] = field(default_factory=set)
+    looked: int = 0
+    followed: bool = False
 
 
 class Book:
@@ -21,6 +33,7 @@ class Book:
         self.memory = memory
         self._queue: deque[Entry] = deque()
         self._numbered: dict[tuple[str, int], str] = {}
+        self._run: _Run | None = None
         # Whoever served the conversation before may not have come to it.
         self._out = [Conclusion(event) for event in memory.state.untold]
 
@@ -57,21 +70,26 @@ class Book:
                 yield entry
             seen.add(entry.key)
 
-    def run(self, turn_id: str) -> tuple[list[Entry], bool]:
+    def run(self, turn_id: str) -> tuple[Sequence[Entry], bool]:
         """The chunks of that turn at the head of the queue, and whether any other command stands behind them.
 
         Repeats are not for speech, and interrupts end by themselves: neither parts what belongs together.
         """
-        run: list[Entry] = []
-        seen: set[str] = set()
-        for entry in self._queue:
-            if isinstance(entry.command, Interrupt) or entry.key in seen or self.known(entry):
-                continue
-            if not isinstance(entry.command, Speak) or entry.command.turn_id != turn_id:
-                return run, True
-            run.append(entry)
-            seen.add(entry.key)
-        return run, False
+        if self._run is None or self._run.turn_id != turn_id:
+            self._run = _Run(turn_id)
+        run = self._run
+        # Looked through once: a turn comes in hundreds of chunks, and each of them asks.
+        while not run.followed and run.looked < len(self._queue):
+            entry = self._queue[run.looked]
+            if isinstance(entry.command, Interrupt) or entry.key in run.seen or self.known(entry):
+                pass
+            elif isinstance(entry.command, Speak) and entry.command.turn_id == turn_id:
+                run.chunks.append(entry)
+                run.seen.add(entry.key)
+            else:
+                run.followed = True
+            run.looked += 1
+        return run.chunks, run.followed
 
     def tell(self, conclusion: Conclusion) -> None:
         """Something happened with which no entry ends; the next one that does repeats it, should it come again."""
@@ -119,6 +137,7 @@ class Book:
         return out
 
     def _leave(self, entry: Entry) -> None:
+        self._run = None
         if self._queue[0] is entry:
             self._queue.popleft()
         else:
