@@ -28,8 +28,7 @@ async def main(seconds: float, rate: float) -> int:
             queue = await stage.channel.declare_queue(QUEUE, arguments=arguments)
             if how != "no listener":
                 await queue.bind("avatar.events", "#")
-            if how == "a listener":
-                await queue.consume(lambda _: asyncio.sleep(0), no_ack=True)
+            listens = how == "a listener" and await queue.consume(lambda _: asyncio.sleep(0), no_ack=True)
             before = set(stage.published)
             used, begun = stage.cpu_s(), time.monotonic()
             await stage.all_talk(NAMES, rate, seconds, first=number * 100_000)
@@ -38,6 +37,8 @@ async def main(seconds: float, rate: float) -> int:
             ages = [age for word, age in (await stage.ages()).items() if word not in before]
             p99[how] = at(sorted(ages), 0.99)
             print(f"{how + ':':<14} {quantiles(ages)}, {load:.0%} of the worker's processor", flush=True)
+            if listens:
+                await queue.cancel(listens)
             await queue.delete(if_unused=False, if_empty=False)
         return verdict(
             no_listener_slows_nothing=p99["no listener"] <= 2 * p99["a listener"],
