@@ -10,12 +10,15 @@ import pytest
 from schemas import routes
 from schemas.routes import partition_queue
 from tests.integration.conftest import Avatar, Start, Station
-from tests.support.bus import Bus, connected
+from tests.support.bus import Bus, connected, eventually
 from worker.amqp.topology import HASH, HASH_TYPE
 
 PARTITIONS = 4
 CONVERSATIONS = [f"conversation-{number}" for number in range(24)]
 OTHER = f"{HASH}.other"
+
+
+Move = Callable[[Bus, "Producers", list[Station]], Awaitable[None]]
 
 
 class Producers:
@@ -47,7 +50,15 @@ class Producers:
 
 
 @pytest.fixture
-async def fleet(start: Start, tmp_path: Path) -> AsyncIterator[Callable[..., Awaitable[Avatar]]]:
+def stations() -> list[Station]:
+    """The workers of `fleet`."""
+    return []
+
+
+@pytest.fixture
+async def fleet(
+    start: Start, stations: list[Station], tmp_path: Path
+) -> AsyncIterator[Callable[..., Awaitable[Avatar]]]:
     """Starts three workers that share a store, and an avatar that hears what all of them say."""
     async with AsyncExitStack() as stack:
 
@@ -64,7 +75,6 @@ async def fleet(start: Start, tmp_path: Path) -> AsyncIterator[Callable[..., Awa
                 stations.append(await stack.enter_async_context(one))
             return avatar
 
-        stations: list[Station] = []
         yield join
 
 
@@ -75,7 +85,7 @@ async def mouth(amqp_url: str) -> AsyncIterator[Bus]:
         yield bus
 
 
-async def switch(bus: Bus, _: Producers) -> None:
+async def switch(bus: Bus, _: Producers, __: list[Station]) -> None:
     """Let another hash exchange take over, with its queues bound in another order; for a moment both are at work."""
     other = await bus.channel.declare_exchange(OTHER, HASH_TYPE, durable=True)
     for number in range(PARTITIONS):
@@ -85,32 +95,37 @@ async def switch(bus: Bus, _: Producers) -> None:
     await bus.channel.exchange_delete(HASH)
 
 
-async def rebind(bus: Bus, producers: Producers) -> None:
+async def rebind(bus: Bus, producers: Producers, stations: list[Station]) -> None:
     """Take every queue out and bind it again, in another order: each step moves most keys.
 
-    Nothing is published in the very moment of a step: for milliseconds the broker may route by neither order, and
-    nobody could tell which of two chunks came first that fell into different queues then.
+    Nothing is published in the very moment of a step, and a step comes when the workers have dealt with the one before:
+    nobody could tell which of two chunks came first that lie in different queues while the row names a third.
     """
+
+    async def settled() -> None:
+        await asyncio.sleep(0.3)
+        await eventually(lambda: not any(one.lanes.hold_moved for one in stations))
+
     for number in range(PARTITIONS):
         queue = await bus.channel.get_queue(partition_queue(number))
         async with producers.publishing:
             await queue.unbind(HASH, f"{number:02d}")
-        await asyncio.sleep(0.3)
+        await settled()
         async with producers.publishing:
             await queue.bind(HASH, f"{9 - number:02d}")
-        await asyncio.sleep(0.3)
+        await settled()
 
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("move", [switch, rebind])
 async def test_no_order_is_broken_under_load(
-    fleet: Callable[..., Awaitable[Avatar]], bus: Bus, mouth: Bus, move: Callable[[Bus, Producers], Awaitable[None]]
+    fleet: Callable[..., Awaitable[Avatar]], stations: list[Station], bus: Bus, mouth: Bus, move: Move
 ) -> None:
     avatar, producers = await fleet(), Producers(mouth)
     await producers.say(3)
-    load = asyncio.create_task(producers.say(80, pause_s=0.02))
+    load = asyncio.create_task(producers.say(120, pause_s=0.05))
     await asyncio.sleep(0.3)
-    await move(bus, producers)
+    await move(bus, producers, stations)
     await load
     await producers.say(3)
     await bus.all_ended(producers.ids, within_s=60)
@@ -127,7 +142,7 @@ async def test_a_backlog_of_more_than_every_window_moves_as_well(
     await bus.all_ended(producers.ids)
     avatar.gate.clear()
     await producers.say(20)
-    await switch(bus, producers)
+    await switch(bus, producers, [])
     await producers.say(20)
     avatar.gate.set()
     await bus.all_ended(producers.ids, within_s=90)

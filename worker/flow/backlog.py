@@ -34,11 +34,14 @@ class Backlog:
     async def keep(self, conversation_id: str, entries: Sequence[Entry], tenure: Tenure, epoch: int) -> Grant:
         """Move deliveries to the store, in order; nothing is done unless it is granted."""
         kept = [Kept(uuid.uuid4().hex, entry.key, keepable(entry).pack()) for entry in entries]
+        # Before anybody can find them in the store: a lane that is begun meanwhile has these commands already.
+        self._in_hand |= {one.key: tenure for one in kept}
         grant = await self._store.keep(conversation_id, kept, tenure.partition, epoch)
-        if grant is Grant.GRANTED:
-            for entry, one in zip(entries, kept, strict=True):
-                self._in_hand[one.key] = tenure
+        for entry, one in zip(entries, kept, strict=True):
+            if grant is Grant.GRANTED:
                 await keepable(entry).move(partial(self._let_go, one.key))
+            else:
+                self._in_hand.pop(one.key, None)
         return grant
 
     async def take(self, conversation_id: str, tenure: Tenure) -> list[Entry | Misfit]:

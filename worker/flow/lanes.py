@@ -145,6 +145,11 @@ class Lanes:
         await asyncio.gather(*(runner.after_call() for runner in under_way))
         await self._settler.settled(runner.conversation_id for runner in under_way)
 
+    @property
+    def hold_moved(self) -> bool:
+        """Whether any conversation waits here for what its old partition still has."""
+        return any(runner.holds_moved for runner in self._runners.values())
+
     def is_served(self, conversation_id: str) -> bool:
         """Whether the conversation has something to do here."""
         return conversation_id in self._runners

@@ -168,6 +168,11 @@ class Runner:
             self._repeat_pause()
         self._wake.set()
 
+    @property
+    def holds_moved(self) -> bool:
+        """Whether commands wait here for what the conversation's old partition still has."""
+        return bool(self._moved)
+
     def is_calling_under(self, tenure: Tenure) -> bool:
         """Whether a call is under way that was begun under the tenure."""
         return self._in_call and self._tenure is tenure
