@@ -5,12 +5,13 @@ comes before whatever the broker still has: it was taken from the head of the qu
 """
 
 import uuid
+from collections import deque
 from collections.abc import Sequence
 from functools import partial
-from typing import cast
 
 from worker.core.model import Entry, Misfit
-from worker.ports import BacklogStore, Grant, KeepableDelivery, Kept, Tenure
+from worker.flow.deliveries import keepable, tenure_of
+from worker.ports import BacklogStore, Grant, Kept, Tenure
 
 HOLD_S = 1.0
 """How long a command may wait for its turn before it is kept."""
@@ -69,6 +70,46 @@ class Backlog:
         self._store.let_go(key)
 
 
-def keepable(entry: Entry) -> KeepableDelivery:
-    """The delivery of an entry known to be keepable."""
-    return cast(KeepableDelivery, entry.delivery)
+class Holding:
+    """What one conversation holds of the broker's, in order, until it is settled or kept."""
+
+    def __init__(self, conversation_id: str, backlog: Backlog) -> None:
+        self._conversation_id = conversation_id
+        self._backlog = backlog
+        self._held: deque[Entry] = deque()
+        self._keeping = False
+
+    def add(self, entry: Entry) -> None:
+        """It was delivered."""
+        self._held.append(entry)
+
+    def forget(self, tenure: Tenure) -> None:
+        """It will be delivered again."""
+        self._held = deque(one for one in self._held if tenure_of(one) is not tenure)
+
+    def due(self, now: float) -> Tenure | None:
+        """The tenure whose deliveries are to be kept now: there are many of them, or they have been held for long."""
+        while self._held and keepable(self._held[0]).settled:
+            self._held.popleft()
+        if self._keeping or not self._held:
+            return None
+        long = now - keepable(self._held[0]).received > HOLD_S
+        return tenure_of(self._held[0]) if long or len(self._held) > self._backlog.most else None
+
+    async def keep(self, tenure: Tenure) -> bool:
+        """Move to the store what is held under the tenure. False: another worker owns the partition.
+
+        Raises:
+            LinkLost: the tenure has ended.
+        """
+        self._keeping = True
+        try:
+            epoch = await tenure.epoch()
+            held = [one for one in self._held if tenure_of(one) is tenure and not keepable(one).settled]
+            if await self._backlog.keep(self._conversation_id, held, tenure, epoch) is Grant.REFUSED:
+                return False
+            kept = set(held)
+            self._held = deque(one for one in self._held if one not in kept)
+            return True
+        finally:
+            self._keeping = False

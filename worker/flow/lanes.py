@@ -14,9 +14,10 @@ from worker.core.breaker import Breaker
 from worker.core.model import Entry, Marker, Misfit
 from worker.core.work import Rules
 from worker.flow.backlog import LOOK_S, TICK_S, Backlog
+from worker.flow.deliveries import ExpressDelivery
 from worker.flow.desk import Desk
 from worker.flow.moved import Mark
-from worker.flow.runner import ExpressDelivery, Runner
+from worker.flow.runner import Runner
 from worker.flow.settler import Settler
 from worker.ops import logs
 from worker.ports import Clock, Ledger, Tenure

@@ -8,6 +8,8 @@ import structlog
 
 from worker.core.model import Entry, Marker
 from worker.core.moved import FIRST_LOOK_S, LONGEST_LOOK_S, Move
+from worker.flow.deliveries import delivery_of
+from worker.flow.settler import Settler
 from worker.ops import logs
 from worker.ports import Clock, Ledger, Tenure
 
@@ -46,3 +48,66 @@ class Moved:
                 _log.error(logs.STORE_FAILED, conversation_id=self._conversation_id, error=str(error))
                 pause_s = LONGEST_LOOK_S
             await asyncio.sleep(max(0.0, pause_s))
+
+
+class Moves:
+    """What of one conversation is held because its key has moved, by tenure. `go_on` takes it when it may go on."""
+
+    def __init__(
+        self,
+        conversation_id: str,
+        go_on: Callable[[Tenure, deque[Entry | Marker], int | None], None],
+        *,
+        ledger: Ledger,
+        mark: Mark,
+        settler: Settler,
+        clock: Clock,
+    ) -> None:
+        self._conversation_id = conversation_id
+        self._go_on = go_on
+        self._ledger = ledger
+        self._mark = mark
+        self._settler = settler
+        self._clock = clock
+        self._moved: dict[Tenure, Moved] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def __len__(self) -> int:
+        return len(self._moved)
+
+    def __contains__(self, tenure: Tenure) -> bool:
+        return tenure in self._moved
+
+    def held(self, tenure: Tenure) -> deque[Entry | Marker] | None:
+        """What is held under the tenure, to add to; None: nothing has to be."""
+        moved = self._moved.get(tenure)
+        return None if moved is None else moved.waiting
+
+    def hold(self, tenure: Tenure, came: deque[Entry | Marker]) -> None:
+        """Hold what came, but for markers in front of it: nothing stands before them, so they have passed."""
+        had = len(came)
+        while came and isinstance(came[0], Marker):
+            self._settler.acknowledge(self._conversation_id, delivery_of(came.popleft()))
+        if had and not came:
+            return
+        moved = Moved(self._conversation_id, tenure, ledger=self._ledger, mark=self._mark, clock=self._clock)
+        moved.waiting = came
+        self._moved[tenure] = moved
+        task = asyncio.create_task(self._release(tenure, moved))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def forget(self, tenure: Tenure) -> None:
+        """It will be delivered again."""
+        self._moved.pop(tenure, None)
+
+    def stop(self) -> None:
+        """Wait for nothing any more."""
+        for task in self._tasks:
+            task.cancel()
+
+    async def _release(self, tenure: Tenure, moved: Moved) -> None:
+        gone = await moved.over()
+        if self._moved.get(tenure) is moved:
+            del self._moved[tenure]
+            self._go_on(tenure, moved.waiting, gone)

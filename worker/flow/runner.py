@@ -10,9 +10,9 @@ import asyncio
 import random
 from collections import Counter, deque
 from collections.abc import Coroutine, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice, takewhile
-from typing import Any, cast
+from typing import Any
 
 import structlog
 
@@ -23,16 +23,17 @@ from worker.core.breaker import Breaker
 from worker.core.lane import Lane
 from worker.core.memory import Memory
 from worker.core.model import CallKind, CallResult, Entry, Marker, Misfit, Session
-from worker.core.pressure import Pressure
 from worker.core.verdict import Conclusion
 from worker.core.work import INTENT_S, Call, CallInterrupt, InitClient, Rules, Say, Wait
 from worker.errors import LinkLost
-from worker.flow.backlog import HOLD_S, Backlog, keepable
+from worker.flow.backlog import Backlog, Holding
+from worker.flow.deliveries import ExpressDelivery, delivery_of, tenure_of
 from worker.flow.desk import Desk
-from worker.flow.moved import Mark, Moved
+from worker.flow.moved import Mark, Moves
+from worker.flow.pauses import Pauses
 from worker.flow.settler import Settler
 from worker.ops import logs
-from worker.ports import Clock, Delivery, Grant, Ledger, Tenure
+from worker.ports import Clock, Grant, Ledger, Tenure
 
 _log = structlog.stdlib.get_logger(__name__)
 
@@ -69,16 +70,12 @@ class Runner:
         self._ledger = ledger
         self._backlog = backlog
         self._settler = settler
-        self._mark = mark
         self._clock = clock
         self._disorders = disorders
-        self._pressure = Pressure(conversation_id, rules)
-        self._waiting_chars = 0
-        self._pausing: asyncio.Task[None] | None = None
         self._arrived: deque[Entry | Marker] = deque()
-        self._moved: dict[Tenure, Moved] = {}
+        self._moves = Moves(conversation_id, self._go_on, ledger=ledger, mark=mark, settler=settler, clock=clock)
         self._gone: int | None = None
-        self._held: deque[Entry] = deque()
+        self._holding = Holding(conversation_id, backlog)
         self._summons: Tenure | None = None
         self._tenure: Tenure | None = None
         self._epoch = 0
@@ -88,22 +85,21 @@ class Runner:
         self._admitting = asyncio.Lock()
         self._in_call = False
         self._called = asyncio.Event()
-        self._keeping = False
         self._errands: set[asyncio.Task[None]] = set()
-        self._moves: set[asyncio.Task[None]] = set()
         self._wake = asyncio.Event()
         self._stopping = asyncio.Event()
+        self._pauses = Pauses(conversation_id, rules, settler, clock, self._start)
 
     def offer(self, entry: Entry) -> None:
         """Take a command; the lane has it as soon as no call is under way, an interrupt at once."""
         self._place(entry)
         if not entry.express:
-            self._held.append(entry)
+            self._holding.add(entry)
         self._wake.set()
         if self._in_call and (isinstance(entry.command, Interrupt) or tenure_of(entry) is not self._tenure):
             self._start(self._hear())
         elif self._in_call and isinstance(entry.command, Speak):
-            self._press(self._waiting_chars + len(entry.command.text))
+            self._pauses.look(self._pauses.waiting_chars + len(entry.command.text))
 
     def pass_through(self, marker: Marker) -> None:
         """Take a marker; it has passed when all before it has ended."""
@@ -111,8 +107,8 @@ class Runner:
         self._wake.set()
 
     def _place(self, one: Entry | Marker) -> None:
-        moved = self._moved.get(tenure_of(one))
-        (self._arrived if moved is None else moved.waiting).append(one)
+        held = self._moves.held(tenure_of(one))
+        (self._arrived if held is None else held).append(one)
 
     def hear(self, entry: Entry) -> bool:
         """Take the express copy of an interrupt, under whatever tenure the conversation is served. False: it is not."""
@@ -123,55 +119,42 @@ class Runner:
 
     def summon(self, tenure: Tenure) -> None:
         """Serve what the store keeps of the conversation, whether or not something is delivered."""
-        if self._tenure is None and not self._arrived and tenure not in self._moved:
+        if self._tenure is None and not self._arrived and tenure not in self._moves:
             self._summons = tenure
             self._wake.set()
 
     def keep(self, now: float) -> None:
         """Have the store keep what is held, if there is much of it, or if it has been held for long."""
-        while self._held and keepable(self._held[0]).settled:
-            self._held.popleft()
-        if self._keeping or not self._held:
-            return
-        tenure = tenure_of(self._held[0])
-        if tenure is not self._tenure and tenure not in self._moved:
-            return
-        if now - keepable(self._held[0]).received > HOLD_S or len(self._held) > self._backlog.most:
-            self._keeping = True
+        tenure = self._holding.due(now)
+        if tenure is not None and (tenure is self._tenure or tenure in self._moves):
             self._start(self._keep(tenure))
 
     async def _keep(self, tenure: Tenure) -> None:
         try:
-            epoch = await tenure.epoch()
-            held = [one for one in self._held if tenure_of(one) is tenure and not keepable(one).settled]
-            if await self._backlog.keep(self.conversation_id, held, tenure, epoch) is Grant.REFUSED:
-                tenure.refused()
-                self.forget(tenure)
-            else:
-                kept = set(held)
-                self._held = deque(one for one in self._held if one not in kept)
+            granted = await self._holding.keep(tenure)
         except LinkLost:
             self.forget(tenure)
-        finally:
-            self._keeping = False
+        else:
+            if not granted:
+                tenure.refused()
+                self.forget(tenure)
 
     def forget(self, tenure: Tenure) -> None:
         """The tenure has ended: what it brought will be delivered again, to whoever owns the partition then."""
         self._arrived = deque(entry for entry in self._arrived if tenure_of(entry) is not tenure)
-        self._held = deque(entry for entry in self._held if tenure_of(entry) is not tenure)
-        self._moved.pop(tenure, None)
+        self._holding.forget(tenure)
+        self._moves.forget(tenure)
         if self._summons is tenure:
             self._summons = None
         if self._tenure is tenure:
             self._tenure = None
-            self._pressure.forget()
-            self._repeat_pause()
+            self._pauses.forget()
         self._wake.set()
 
     @property
     def holds_moved(self) -> bool:
         """Whether commands wait here for what the conversation's old partition still has."""
-        return bool(self._moved)
+        return bool(self._moves)
 
     def is_calling_under(self, tenure: Tenure) -> bool:
         """Whether a call is under way that was begun under the tenure."""
@@ -186,6 +169,7 @@ class Runner:
     def stop(self) -> None:
         """Begin nothing new; the call under way ends and is recorded."""
         self._stopping.set()
+        self._pauses.stop()
         self._wake.set()
 
     async def run(self) -> None:
@@ -195,7 +179,8 @@ class Runner:
             if self._errands:
                 await asyncio.wait(self._errands)
         finally:
-            for errand in (*self._errands, *self._moves):
+            self._moves.stop()
+            for errand in self._errands:
                 errand.cancel()
 
     async def _serve_on(self) -> None:
@@ -221,13 +206,13 @@ class Runner:
             self._tell_interrupts()
             now = self._clock()
             step = self._lane.next(now, self._breaker.hold_until(now))
-            self._press(self._lane.waiting_chars)
+            self._pauses.look(self._lane.waiting_chars)
             if step.work is None:
                 self._submit(step.conclusions)
                 # What has arrived but not been admitted waits for errands, or for the lane, which is empty now.
                 if not self._arrived or self._errands:
                     await _before(self._wake, LINGER_S)
-                if not self._arrived and not self._errands and not self._moved:
+                if not self._arrived and not self._errands and not self._moves:
                     return
                 if self._tenure is not None and self.conversation_id not in self._desk.leases:
                     self._lane.begin(*await self._desk.recall(self.conversation_id))
@@ -269,27 +254,6 @@ class Runner:
             told = None if result.kind is CallKind.STALE else result
             self._submit(lane.interrupted(entry, told, self._clock()))
             self._wake.set()
-
-    def _press(self, waiting_chars: int) -> None:
-        """Tell producers, if they should know, that so much waits."""
-        self._waiting_chars = waiting_chars
-        event = self._pressure.look(waiting_chars, self._clock())
-        if event is not None:
-            self._settler.submit([Conclusion(event)])
-        self._repeat_pause()
-
-    def _repeat_pause(self) -> None:
-        if self._pressure.again_at is not None and self._pausing is None:
-            self._pausing = self._start(self._press_on())
-        elif self._pressure.again_at is None and self._pausing is not None:
-            self._pausing.cancel()
-            self._pausing = None
-
-    async def _press_on(self) -> None:
-        """Repeat it while it lasts, whatever is under way."""
-        while not self._stopping.is_set() and (again_at := self._pressure.again_at) is not None:
-            await _before(self._stopping, again_at - self._clock())
-            self._press(self._waiting_chars)
 
     def _start(self, errand: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(errand)
@@ -379,33 +343,18 @@ class Runner:
         self._settler.submit(verdict.rejected(misfit) for misfit in kept if isinstance(misfit, Misfit))
 
     def _hold(self, tenure: Tenure) -> None:
-        """The key has moved: what comes under this tenure waits until all that came from the old partition has ended.
-
-        But for markers in front of it: nothing stands before them, so they have passed.
-        """
-        moved = Moved(self.conversation_id, tenure, ledger=self._ledger, mark=self._mark, clock=self._clock)
-        moved.waiting.extend(one for one in self._arrived if tenure_of(one) is tenure)
+        """The key has moved: what comes under this tenure waits until all from the old partition has ended."""
+        came = deque(one for one in self._arrived if tenure_of(one) is tenure)
         self._arrived = deque(one for one in self._arrived if tenure_of(one) is not tenure)
-        had = len(moved.waiting)
-        while moved.waiting and isinstance(moved.waiting[0], Marker):
-            self._settler.acknowledge(self.conversation_id, delivery_of(moved.waiting.popleft()))
-        if had and not moved.waiting:
-            return
-        self._moved[tenure] = moved
-        task = asyncio.create_task(self._release(tenure, moved))
-        self._moves.add(task)
-        task.add_done_callback(self._moves.discard)
+        self._moves.hold(tenure, came)
 
-    async def _release(self, tenure: Tenure, moved: Moved) -> None:
-        """Let what is held go on when it may."""
-        gone = await moved.over()
-        if self._moved.get(tenure) is moved:
-            del self._moved[tenure]
-            self._gone = gone
-            self._arrived.extend(moved.waiting)
-            if not moved.waiting:
-                self._summons = tenure
-            self._wake.set()
+    def _go_on(self, tenure: Tenure, came: deque[Entry | Marker], gone: int | None) -> None:
+        """What was held may go on. `gone`: a partition that there is no more, so that nothing waits there."""
+        self._gone = gone
+        self._arrived.extend(came)
+        if not came:
+            self._summons = tenure
+        self._wake.set()
 
     async def _pass(self, marker: Marker) -> None:
         """All that came before the marker has ended: the conversation moves."""
@@ -508,27 +457,6 @@ class Runner:
 
         recorded.add_done_callback(look)
         self._settler.submit(conclusions, recorded)
-
-
-@dataclass(frozen=True, slots=True)
-class ExpressDelivery:
-    """`ports.Delivery` of an express copy: there is nothing to acknowledge."""
-
-    tenure: Tenure
-
-    async def settle(self) -> bool:
-        """Nothing to do."""
-        return True
-
-
-def delivery_of(one: Entry | Marker) -> Delivery:
-    """The broker's side of it."""
-    return cast(Delivery, one.delivery)  # isinstance of a protocol costs as much as all else that is done here
-
-
-def tenure_of(one: Entry | Marker) -> Tenure:
-    """The ownership it was delivered under."""
-    return delivery_of(one).tenure
 
 
 async def _before(event: asyncio.Event, seconds: float) -> None:
