@@ -83,7 +83,7 @@ def _expired(stage: Stage, listener: Listener, max_age_s: float) -> tuple[int, i
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m benchmarks.outage", description=__doc__)
     parser.add_argument("--seconds", type=float, default=120, help="how long the API is down (%(default)s)")
-    parser.add_argument("--rate", type=float, default=1, help="chunks a second of each conversation (%(default)s)")
+    parser.add_argument("--rate", type=float, default=0.5, help="chunks a second of each conversation (%(default)s)")
     parser.add_argument("--max-age", type=float, default=120, help="SPEECH_MAX_AGE_S (%(default)s)")
     options = parser.parse_args()
     sys.exit(asyncio.run(main(options.seconds, options.rate, options.max_age)))
