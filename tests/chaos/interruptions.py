@@ -112,7 +112,7 @@ def _doomed(interrupt: Command, chunk: Command) -> bool:
 
 @cache
 def _chunk_of(word: str) -> tuple[str, str, int]:
-    conversation, turn, number, _ = word.split(".")
+    conversation, turn, number, _ = word.split("-")
     return conversation, turn, int(number[1:])
 
 

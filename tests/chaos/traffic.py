@@ -1,6 +1,6 @@
 """What goes in and comes out: producers that know what they published, a listener that misses nothing.
 
-Every word says where it belongs, `c03.t2.n17.w0`: conversation, turn, chunk and place in the chunk. So the simulator's
+Every word says where it belongs, `c03-t2-n17-w0`: conversation, turn, chunk and place in the chunk. So the simulator's
 transcript can be read without the worker's help.
 """
 
@@ -92,7 +92,7 @@ class _Talk:
         """The next chunk of the turn."""
         turn = turn or f"t{self.turn}"
         size = self.dice.choices((1, 2, 5, 90), (50, 40, 9, 1))[0]
-        words = tuple(f"{self.name}.{turn}.n{len(self.said)}.w{k}" for k in range(size))
+        words = tuple(f"{self.name}-{turn}-n{len(self.said)}-w{k}" for k in range(size))
         command = Command(uuid.uuid4().hex, self.name, turn, len(self.said), words)
         return self._note(command, {"turnId": turn, "text": " ".join(words) + " ", "isFinal": final})
 
