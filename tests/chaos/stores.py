@@ -42,7 +42,10 @@ class Store(Protocol):
 
 async def intents(store: Store) -> list[Intent]:
     """Every piece that is being said."""
-    query = "SELECT conversation_id, owner, state FROM conversations LEFT JOIN sessions USING (conversation_id)"
+    query = (
+        "SELECT conversation_id, owner, conversations.state FROM conversations "
+        "LEFT JOIN sessions USING (conversation_id)"
+    )
     found = []
     for conversation, owner, state in await store.rows(query):
         attempt = json.loads(state)["attempt"]

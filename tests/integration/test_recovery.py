@@ -8,7 +8,7 @@ from aiormq.exceptions import ChannelInvalidStateError
 
 from schemas.routes import partition_queue
 from tests.integration.conftest import Start, agreed
-from tests.support.bus import Bus, connected
+from tests.support.bus import Bus, connected, eventually
 from tests.support.proxy import proxied
 from worker.amqp.delivery import AmqpDelivery
 from worker.amqp.inbox import ChannelTenure, Inbox
@@ -49,6 +49,8 @@ async def test_nothing_is_lost_or_said_twice_while_the_connection_comes_and_goes
         assert "".join(piece.text for piece in station.avatar.said) == "".join(words)
         assert station.lives()[0] > 1
         await station.ready()
+        # What came again is told again, and acknowledged then.
+        await eventually(lambda: not station.lanes.is_served("c"))
         await station.settled()
         await station.gone()
         assert [await bus.left_in(partition_queue(number)) for number in (0, 1)] == [0, 0]
