@@ -113,7 +113,7 @@ class Call:
 
     @property
     def turn(self) -> str:
-        return self.words[0].split(".")[1]
+        return self.words[0].split("-")[1]
 
     @property
     def unanswered(self) -> bool:
