@@ -38,7 +38,7 @@ class Evidence:
         for raw in sorted(calls, key=lambda call: int(call["number"])):
             if raw["route"] == "say-text" and isinstance(raw["body"], dict):
                 words = tuple(raw["body"]["text"].split())
-                found[words[0].partition(".")[0]].append(Call(raw, words))
+                found[words[0].partition("-")[0]].append(Call(raw, words))
         return found
 
     @cached_property

@@ -98,7 +98,7 @@ def _api_calls(evidence: Evidence) -> dict[str, list[float]]:
     found: defaultdict[str, list[float]] = defaultdict(list)
     for session in evidence.transcript["sessions"]:
         said = [call["body"]["text"] for call in session["calls"] if call["route"] == "say-text" and call["body"]]
-        name = said[0].partition(".")[0] if said else whose.get(session["id"], "")
+        name = said[0].partition("-")[0] if said else whose.get(session["id"], "")
         found[name] += [call["begun_s"] for call in session["calls"] if call["route"] == "interrupt"]
     return found
 
