@@ -251,3 +251,13 @@ def test_nothing_grows_without_bound(evil: str) -> None:
 )
 def test_without_shaping_only_what_is_too_long_is_split(text: str, parts: list[str]) -> None:
     assert split(text, 20) == parts
+
+
+@pytest.mark.parametrize("word", ["word{} ", "c{}-w0 ", "{} ", "5{}% "])
+def test_words_that_hold_digits_are_not_torn(word: str) -> None:
+    words = [word.format(number) for number in range(700)]
+    shaper = Shaper(Shaping())
+    cut = texts([*(piece for one in words for piece in shaper.push(one)), *shaper.finish()])
+    assert max(map(len, cut)) <= 1000
+    assert all(text.endswith(" ") for text in cut)
+    assert "".join(cut) == "".join(words)

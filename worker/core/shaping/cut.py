@@ -89,7 +89,7 @@ _BREAK: Pattern = regex.compile(
     | (?P<comma>    {_OTHER}(?:[,،]{_CLOSER}*+\ | [，、](?!(?<=\d.)\d){_CLOSER}*+\ ?+) {_NEXT}
                   | (?<=[{WIDE}]),(?=[{WIDE}])
                   | (?<={_SPACED})\ (?={_SPACED}) )
-    | (?P<word>     [^\s{_WORDY}]*+(?<!\d)\  {_NEXT} )  # not in "1 000" or "5 km"
+    | (?P<word>     [^\s{_WORDY}]*+(?<!(?:\A|[^{_WORDY}])\d+)\  {_NEXT} )  # not in "1 000" or "5 km"
     """,
     regex.VERBOSE,
 )
@@ -150,7 +150,8 @@ class Cutter:
             self._open = _follow(text, gap.start(), gap.end(), self._open)
             self._scan, self._weight = gap.end(), weight
         if self._weight + self._weigh(text[self._scan :]) > self._cutting.cap + (0 if final else _FAR):
-            return self.cut(last_boundary(text, self._cutting.cap, self._weigh))  # no break within the cap
+            end = last_boundary(text, self._cutting.cap, self._weigh)  # no break within the cap
+            return self.cut(text.rfind(" ", end // 2, end) + 1 or end)
         return 0
 
     def cut(self, length: int) -> int:
