@@ -97,3 +97,4 @@ async def owned_broker(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> Async
                 patch.setattr(owned, "url", url)
                 yield owned
                 owned.start()
+                brokers.restarted(owned)
