@@ -65,7 +65,7 @@ async def test_an_answer_in_markdown_is_spoken_in_sentences(
     assert [say["isFinal"] for say in says] == [*[False] * (len(says) - 1), True]
     assert len(says) <= len(tokens) / 8
     assert Counter(id_ for event in bus.of("speech.accepted") for id_ in event["data"]["commandIds"]) == Counter(ids)
-    (completed,) = bus.of("turn.completed")
+    completed = await bus.event("turn.completed")
     assert (completed["data"]["pieces"], completed["data"]["finalSent"]) == (len(says), True)
 
 
