@@ -97,6 +97,7 @@ async def test_replay_shows_first_and_then_speaks_the_whole_turn(
         told = [event for event in bus.events if {event["id"]} in again]
         assert {event["type"] for event in told} == {"avatar.speech.accepted"}
         assert [id_ for event in told for id_ in event["data"]["commandIds"]] == ids
+        await bus.event("turn.completed", "c")
         assert len(bus.of("turn.completed", "c")) == 1
         assert [row["message_id"] for row in (await command("parked", "list", "--json")).rows] == others
 
