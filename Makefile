@@ -6,7 +6,7 @@ ARGS ?=
 RUN := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint lock clean
+.PHONY: help setup demo test chaos mutate bench lint lock clean
 
 help: # The list.
 	@awk -F ': [a-z ]*## ' '/^[a-z]+: [a-z ]*## / { printf "  make %-6s  %s\n", $$1, $$2 }' Makefile
@@ -16,6 +16,15 @@ demo: setup ## See it: RabbitMQ, simulator, worker and a chatbot, set up and run
 
 test: setup ## The whole test suite, on a RabbitMQ of its own
 	@$(RUN) -m pytest $(ARGS)
+
+chaos: setup ## Break everything at random, and see that every promise is kept (an hour; ARGS=--quick: 3 minutes)
+	@$(RUN) -m tests.chaos $(ARGS)
+
+mutate: setup ## Break each law on purpose, and see that the tests notice
+	@$(RUN) -m tests.mutations $(ARGS)
+
+bench: setup ## Measure whether a hanging conversation, an outage or a listener slows the others
+	@for run in blocked listeners outage; do $(RUN) -m benchmarks.$$run $(ARGS) || exit; done
 
 lint: setup ## Style, types, licences
 	@$(RUN) -m ruff check
@@ -32,7 +41,7 @@ COMPILE := .venv/lock/bin/uv --quiet pip compile --universal --python-version 3.
 lock: setup ## Resolve the dependencies again (all to their newest: ARGS=--upgrade)
 	@$(RUN) -m venv .venv/lock
 	@.venv/lock/bin/python -m pip -qq install uv==0.13.9
-	$(COMPILE) pyproject.toml -o requirements.lock
+	$(COMPILE) pyproject.toml --extra postgres -o requirements.lock
 	$(COMPILE) pyproject.toml --group dev -c requirements.lock -o requirements-dev.lock
 	$(COMPILE) --group build -c requirements-dev.lock -o requirements-build.lock
 

@@ -10,6 +10,8 @@ Copy it: it needs aio-pika and rich, nothing of the worker. What to keep when yo
 - One channel, with confirms, for a turn and for the interrupts that follow it: that keeps their order.
 - Messages are persistent and `mandatory`, each with a `message_id` of its own. What was not confirmed may be published
   again under the same id and is spoken once; a service that lives long does so over `aio_pika.connect_robust`.
+- A conversation that was asked to pause (`avatar.flow.paused`) gets nothing but interrupts until it may go on, or until
+  the pause lapses after `validS`; what is held back is sent then, at the old pace.
 - The exchanges are the worker's: look them up, never declare them. Listening to `avatar.events` is optional.
 
 Exit codes: 0 every turn was spoken or interrupted; 1 a turn failed, was rejected or did not end in time; 2 wrong usage;
@@ -60,6 +62,7 @@ class Chat:
         self.names = [f"{args.conversation_prefix}-{number}" for number in range(1, args.conversations + 1)]
         self.turns: dict[tuple[str, str], Turn] = {}
         self.open_commands: dict[str, Turn | None] = {}
+        self.pauses: dict[str, tuple[float, asyncio.Event]] = {}
         self.seen_events: set[str] = set()
         self.published = 0
         self.stopped = False
@@ -121,10 +124,24 @@ class Chat:
             await asyncio.sleep(min(due, until) - time.monotonic())
             if number and (self.stopped or due > until):
                 return False
+            started += await self.pause(conversation, until)
+            if number and (self.stopped or time.monotonic() > until):
+                return False
             body: dict[str, object] = {"turnId": turn_id, "text": token, "isFinal": number == len(tokens) - 1}
             await self.publish(conversation, body, turn)
             self.screen.advance(line)
         return True
+
+    async def pause(self, conversation: str, until: float) -> float:
+        """Hold back while the worker asks for it; how many seconds that was."""
+        begun = time.monotonic()
+        while conversation in self.pauses and not self.stopped:
+            lapses, over = self.pauses[conversation]
+            if (left := min(lapses, until) - time.monotonic()) <= 0:
+                break
+            with suppress(TimeoutError):
+                await asyncio.wait_for(over.wait(), left)
+        return time.monotonic() - begun
 
     async def hear(self, message: AbstractIncomingMessage) -> None:
         """Take in one event. Every command ends with exactly one; an event may be repeated, with the same id."""
@@ -140,6 +157,11 @@ class Chat:
             owner = self.open_commands.pop(command)
             if kind == "command.rejected" and owner:
                 self.show(owner, f"rejected: {data['reason']}", ended=True)
+        if kind == "flow.paused":
+            _, over = self.pauses.get(event["subject"], (0.0, asyncio.Event()))
+            self.pauses[event["subject"]] = time.monotonic() + data["validS"], over
+        elif kind == "flow.resumed" and event["subject"] in self.pauses:
+            self.pauses.pop(event["subject"])[1].set()
         if turn and kind == "speech.accepted" and not turn.ended:
             self.show(turn, "speaking", data["text"])
         elif turn and kind in {"turn.completed", "turn.interrupted", "turn.failed"}:
@@ -160,6 +182,8 @@ class Chat:
     def stop(self, *_: object) -> None:
         """First Ctrl-C: barge in, say no more. The second one leaves at once."""
         self.stopped = True
+        for pause in self.pauses.values():
+            pause[1].set()
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     async def all_ended(self) -> None:

@@ -182,6 +182,19 @@ class InterruptDone(_Listing):
     api_status: int | _Maybe = None
 
 
+class FlowPaused(_Data):
+    """`avatar.flow.paused`: producers of the conversation should wait. It lapses after `valid_s` unless repeated."""
+
+    waiting_chars: int
+    valid_s: float
+
+
+class FlowResumed(_Data):
+    """`avatar.flow.resumed`: they may go on."""
+
+    waiting_chars: int
+
+
 Data = (
     SessionReady
     | SessionEnded
@@ -195,6 +208,8 @@ Data = (
     | SpeechFailed
     | CommandRejected
     | InterruptDone
+    | FlowPaused
+    | FlowResumed
 )
 
 EVENT_TYPES: dict[type[Data], str] = {
@@ -210,6 +225,8 @@ EVENT_TYPES: dict[type[Data], str] = {
     SpeechFailed: "avatar.speech.failed",
     CommandRejected: "avatar.command.rejected",
     InterruptDone: "avatar.interrupt.done",
+    FlowPaused: "avatar.flow.paused",
+    FlowResumed: "avatar.flow.resumed",
 }
 
 

@@ -1,22 +1,21 @@
-"""The broker that tests run on, empty before each of them.
+"""The broker that tests run on, empty before each of them; and the PostgreSQL.
 
-A test that asks for `amqp_url`, `broker` or `owned_broker` runs once per RabbitMQ of this machine (`brokers.kinds`). It
+A test that asks for `amqp_url`, `broker` or `owned_broker` runs once per RabbitMQ of this machine (`brokers.kinds`), or
+on the first of them if it is marked `one_broker`. It
 cannot be skipped: where no broker is to be had, it fails.
 """
 
 from collections.abc import AsyncIterator
 from contextlib import ExitStack
 
-import aio_pika
 import pytest
 
 from tests.support import brokers
+from tests.support.postgres import Postgres, find_postgres
 from worker.local.broker import Broker, OwnedBroker, own_broker
 
-_EXCHANGES = ("avatar.commands", "avatar.commands.v1.hash", "avatar.interrupts", "avatar.events", "avatar.dead")
-_QUEUES = ("avatar.parked", "avatar.dead", "avatar.topology", *(f"avatar.commands.v1.p{n:02}" for n in range(100)))
-
 _BROKERS = pytest.StashKey[brokers.Brokers]()
+_POSTGRES = pytest.StashKey[Postgres | Exception]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -32,9 +31,12 @@ def pytest_report_header() -> str:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "broker" in metafunc.fixturenames:
+        kinds = brokers.kinds()
+        if metafunc.definition.get_closest_marker("one_broker"):
+            kinds = kinds[:1]
         marks = {brokers.FOUR: [pytest.mark.rabbitmq4]}
-        kinds = [pytest.param(kind, id=kind, marks=marks.get(kind, [])) for kind in brokers.kinds()]
-        metafunc.parametrize("broker", kinds, indirect=True, scope="session")
+        params = [pytest.param(kind, id=kind, marks=marks.get(kind, [])) for kind in kinds]
+        metafunc.parametrize("broker", params, indirect=True, scope="session")
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
@@ -46,6 +48,28 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     with capture.global_and_fixture_disabled():
         for kind in sorted({str(params["broker"]) for params in parameters if "broker" in params}):
             session.config.stash[_BROKERS].start(kind)
+        if any("postgres" in params.values() for params in parameters) or any(
+            "postgres" in getattr(item, "fixturenames", ()) for item in session.items
+        ):
+            session.config.stash[_POSTGRES] = _start_postgres(session.config)
+
+
+def _start_postgres(config: pytest.Config) -> Postgres | Exception:
+    stack = ExitStack()
+    config.add_cleanup(stack.close)
+    try:
+        return stack.enter_context(find_postgres())
+    except Exception as error:  # noqa: BLE001  whatever it is, it fails the tests that need it, not pytest
+        return error
+
+
+@pytest.fixture(scope="session")
+def postgres(request: pytest.FixtureRequest) -> Postgres:
+    """A running PostgreSQL; a test takes a schema of it."""
+    found = request.config.stash[_POSTGRES]
+    if isinstance(found, Exception):
+        raise found
+    return found
 
 
 @pytest.fixture(scope="session")
@@ -56,13 +80,9 @@ def broker(request: pytest.FixtureRequest) -> Broker:
 
 @pytest.fixture
 async def amqp_url(broker: Broker) -> AsyncIterator[str]:
-    """The address of an empty RabbitMQ: a virtual host of its own, or, on a broker that was named, a wiped one."""
-    if broker.management_url is None:
-        await _wipe(broker.url)
-        yield broker.url
-    else:
-        async with brokers.virtual_host(broker) as url:
-            yield url
+    """The address of an empty RabbitMQ."""
+    async with brokers.empty(broker) as url:
+        yield url
 
 
 @pytest.fixture
@@ -72,16 +92,9 @@ async def owned_broker(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> Async
         owned = broker
         if not isinstance(owned, OwnedBroker):
             owned = stack.enter_context(own_broker(brokers.ENV_VAR, plugins=brokers.TEST_PLUGINS))
-        async with brokers.virtual_host(owned) as url:
+        async with brokers.empty(owned) as url:
             with monkeypatch.context() as patch:
                 patch.setattr(owned, "url", url)
                 yield owned
                 owned.start()
-
-
-async def _wipe(url: str) -> None:
-    async with await aio_pika.connect(url) as connection, connection.channel() as channel:
-        for queue in _QUEUES:
-            await channel.queue_delete(queue)
-        for exchange in _EXCHANGES:
-            await channel.exchange_delete(exchange)
+                brokers.restarted(owned)

@@ -1,7 +1,8 @@
 """Checks the licence of everything installed that this project needs, direct or transitive: `make lint`.
 
-What ships (`project.dependencies`) has no copyleft. What only builds and tests (the group `dev`) may besides be under
-the MPL, whose copyleft ends at the file. A licence that is not named here fails too: somebody looks at it, and adds it.
+What ships (the project's dependencies, with those of its extras) has no copyleft. What only builds and tests (the group
+`dev`) may besides be under the MPL, whose copyleft ends at the file. A licence that is not named here fails too:
+somebody looks at it, and adds it.
 """
 
 import re
@@ -9,6 +10,7 @@ import sys
 import tomllib
 from collections.abc import Iterable, Iterator
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
+from itertools import chain
 from pathlib import Path
 
 from packaging.licenses import InvalidLicenseExpression, canonicalize_license_expression
@@ -16,7 +18,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 PERMISSIVE = frozenset(
-    {"0BSD", "Apache-2.0", "BSD-2-Clause", "BSD-3-Clause", "ISC", "MIT", "PSF-2.0", "Python-2.0", "Unlicense", "Zlib"}
+    {"0BSD", "Apache-2.0", "BSD-2-Clause", "BSD-3-Clause", "CNRI-Python", "ISC", "MIT", "PSF-2.0", "Python-2.0"}
+    | {"Unlicense", "Zlib"}
 )
 FILE_LEVEL = frozenset({"MPL-2.0"})
 
@@ -117,7 +120,8 @@ def main() -> int:
     """Checks this project; returns the exit code."""
     project = tomllib.loads(Path(__file__).parents[1].joinpath("pyproject.toml").read_text())
     try:
-        ships = complaints(project["project"]["dependencies"], PERMISSIVE)
+        extras = project["project"]["optional-dependencies"].values()
+        ships = complaints([*project["project"]["dependencies"], *chain(*extras)], PERMISSIVE)
         tests = complaints(_group(project, "dev"), PERMISSIVE | FILE_LEVEL)
     except PackageNotFoundError as missing:
         print(f"not installed: {missing.name}; run `make setup`", file=sys.stderr)

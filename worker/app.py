@@ -5,27 +5,38 @@
 
 import asyncio
 import signal
-from collections.abc import Coroutine
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, Self
 
 import structlog
 
+from worker.amqp.dead import DeadQueue
 from worker.amqp.inbox import Inbox
 from worker.amqp.link import Link, where
 from worker.amqp.outbox import Outbox
 from worker.amqp.topology import Record
-from worker.avatar.client import Api, AvatarClient, KsSource
-from worker.avatar.credentials import FixedKs, KsFile
+from worker.amqp.watchdog import Watchdog
+from worker.avatar.client import Api, AvatarClient
+from worker.avatar.credentials import FixedKs, KsFile, KsSource, MintedKs
+from worker.avatar.ks_service import Account, AdminSecret, AppToken, KsService
+from worker.flow.backlog import Backlog
 from worker.flow.clock import SteadyClock
+from worker.flow.dead_letters import DeadLetters
 from worker.flow.desk import Desk
 from worker.flow.keeper import Keeper
 from worker.flow.lanes import Lanes
 from worker.flow.settler import Settler
 from worker.ops import logs
 from worker.ops.health import Health
+from worker.ports import Clock, Ledger, SessionStore, Slots
 from worker.settings import Settings
-from worker.stores.sql import SqlStore
+from worker.stores.backlog import SqlBacklog
+from worker.stores.database import Database
+from worker.stores.ledger import SqlLedger
+from worker.stores.sessions import SqlSessions
+
+PRUNE_S = 60.0
 
 _log = structlog.stdlib.get_logger(__name__)
 
@@ -35,22 +46,28 @@ async def run(settings: Settings) -> None:
 
     Raises:
         ConfigurationError: the settings do not fit this machine or this broker.
+        LinkSilent: the broker is there, and passes nothing on.
     """
     signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
     for one in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(one, signals.put_nowait, one)
-    ks = credentials(settings)
     clock = SteadyClock()
     name = settings.worker_name
     async with AsyncExitStack() as stack:
-        store = await SqlStore.open(settings.store_url)
-        stack.push_async_callback(store.close)
-        api = await stack.enter_async_context(AvatarClient(_api(settings), ks))
+        ks = await stack.enter_async_context(credentials(settings, clock))
+        database = await Database.open(settings.store_url)
+        stack.push_async_callback(database.close)
+        store, ledger = SqlSessions(database), SqlLedger(database, clock)
+        api = await stack.enter_async_context(AvatarClient(api_of(settings), ks))
         outbox = Outbox(source=settings.event_source, worker=name, event_retry_s=settings.event_retry_s, clock=clock)
         settler = Settler(outbox)
-        desk = Desk(api, store, name, clock)
-        stack.push_async_callback(store.release, name)
-        lanes = Lanes(settings.rules, desk, settler, clock, keep_s=settings.ledger_keep_s)
+        slots = Slots(settings.avatar_max_sessions, settings.session_ghost_s)
+        desk = Desk(api, store, name, clock, slots)
+        stack.push_async_callback(_release, store, name)
+        backlog = Backlog(SqlBacklog(database), window=settings.prefetch)
+        lanes = Lanes(
+            settings.rules, desk=desk, ledger=ledger, backlog=backlog, settler=settler, mark=outbox.mark, clock=clock
+        )
         keeper = Keeper(
             desk,
             clock,
@@ -58,31 +75,70 @@ async def run(settings: Settings) -> None:
             idle_s=settings.session_idle_s,
             is_served=lanes.is_served,
             submit=settler.submit,
+            renew=lanes.renew,
         )
-        wanted = Record(settings.partitions, await store.identity())
-        inbox = Inbox(lanes, wanted=wanted, worker=name, prefetch=settings.prefetch, clock=clock)
-        checks = {"consuming": inbox.ready.is_set, "publishing": outbox.ready.is_set}
+        wanted = Record(settings.partitions, await store.identity(), settings.prefetch)
+        inbox = Inbox(lanes, ledger.raise_epoch, wanted=wanted, worker=name, clock=clock)
+        lanes.tenure_of = inbox.tenure_of
+        dead = DeadQueue(DeadLetters(ledger=ledger, settler=settler, clock=clock).take, clock)
+        watchdog = Watchdog()
+        checks = {
+            "consuming": inbox.ready.is_set,
+            "publishing": outbox.ready.is_set,
+            "passing": watchdog.ready.is_set,
+            "authorized": lambda: ks.ready,
+        }
         health = await stack.enter_async_context(Health(settings.ops_host, settings.ops_port, checks))
         url = settings.amqp_url.get_secret_value()
         _log.info(logs.WORKER_STARTING, worker=name, broker=where(url), partitions=settings.partitions)
         tasks = await stack.enter_async_context(
             _Background(
-                Link(url, name=f"{name} publish", heartbeat_s=settings.heartbeat_s).run(outbox.session),
-                Link(url, name=f"{name} consume", heartbeat_s=settings.heartbeat_s).run(inbox.session),
+                Link(url, name=f"{name} publish", heartbeat_s=settings.heartbeat_s).run(
+                    watchdog.publishing(outbox.session)
+                ),
+                Link(url, name=f"{name} consume", heartbeat_s=settings.heartbeat_s).run(
+                    watchdog.consuming(inbox.session)
+                ),
+                Link(url, name=f"{name} dead letters", heartbeat_s=settings.heartbeat_s).run(dead.session),
+                watchdog.run(),
                 keeper.run(),
-                lanes.prune(),
+                lanes.run(outbox.knock),
+                _prune(ledger, clock, settings.ledger_keep_s),
             )
         )
         await tasks.until(signals.get())
         health.stopping = True
-        await _stop(lanes, inbox, signals, settings.drain_timeout_s)
+        dead.stop()
+        ending = keeper.end_all if settings.session_on_stop == "end" else None
+        await _stop(lanes, inbox, signals, settings.drain_timeout_s, ending)
     _log.info(logs.WORKER_STOPPED, worker=name)
 
 
-async def _stop(lanes: Lanes, inbox: Inbox, signals: "asyncio.Queue[signal.Signals]", timeout_s: float) -> None:
+async def _release(store: SessionStore, owner: str) -> None:
+    """Let go of the sessions; where the store is out of reach, their leases run out."""
+    try:
+        await store.release(owner)
+    except Exception as error:  # noqa: BLE001 - the worker stops all the same
+        _log.error(logs.STORE_FAILED, error=str(error))
+
+
+async def _prune(ledger: Ledger, clock: Clock, keep_s: float) -> None:
+    """Forget, now and then, what is older than anybody may rely on."""
+    while True:
+        await ledger.prune(clock() - keep_s)
+        await asyncio.sleep(PRUNE_S)
+
+
+async def _stop(
+    lanes: Lanes,
+    inbox: Inbox,
+    signals: "asyncio.Queue[signal.Signals]",
+    timeout_s: float,
+    ending: Callable[[], Coroutine[Any, Any, None]] | None,
+) -> None:
     """Nothing new is begun; what is under way ends, is told and acknowledged, until the deadline or a second signal."""
     _log.info(logs.WORKER_STOPPING, drain_timeout_s=timeout_s)
-    draining = asyncio.create_task(lanes.stop())
+    draining = asyncio.create_task(lanes.stop(ending))
     impatient = asyncio.create_task(signals.get())
     await asyncio.wait({draining, impatient}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
     impatient.cancel()
@@ -92,19 +148,45 @@ async def _stop(lanes: Lanes, inbox: Inbox, signals: "asyncio.Queue[signal.Signa
     inbox.gate()
 
 
-def credentials(settings: Settings) -> KsSource:
-    """Where the Kaltura Session comes from.
+@asynccontextmanager
+async def credentials(settings: Settings, clock: Clock) -> AsyncIterator[KsSource]:
+    """Where the Kaltura Session comes from; what is stored goes before what is asked for.
 
     Raises:
         ConfigurationError: the file with it cannot be read.
     """
     if settings.avatar_ks_file is not None:
-        return KsFile(settings.avatar_ks_file)
-    assert settings.avatar_ks is not None
-    return FixedKs(settings.avatar_ks)
+        yield KsFile(settings.avatar_ks_file)
+    elif settings.avatar_ks is not None:
+        yield FixedKs(settings.avatar_ks)
+    else:
+        async with KsService(_account(settings)) as service:
+            ks = MintedKs(service.mint, clock)
+            async with _Background(ks.run()):
+                yield ks
 
 
-def _api(settings: Settings) -> Api:
+def _account(settings: Settings) -> Account:
+    assert settings.kaltura_partner_id is not None
+    by: AppToken | AdminSecret
+    if settings.kaltura_app_token is not None:
+        assert settings.kaltura_app_token_id is not None
+        token = settings.kaltura_app_token.get_secret_value()
+        by = AppToken(settings.kaltura_app_token_id, token, settings.kaltura_app_token_hash)
+    else:
+        assert settings.kaltura_admin_secret is not None
+        by = AdminSecret(settings.kaltura_admin_secret.get_secret_value(), settings.kaltura_ks_privileges)
+    return Account(
+        settings.kaltura_service_url,
+        settings.kaltura_partner_id,
+        by,
+        expiry_s=settings.kaltura_ks_expiry_s,
+        timeout_s=settings.avatar_timeout_s,
+    )
+
+
+def api_of(settings: Settings) -> Api:
+    """Where the Avatar API is, and its forms."""
     return Api(
         base_url=settings.avatar_base_url,
         create_path=settings.avatar_create_path,

@@ -9,9 +9,11 @@ import sys
 from collections.abc import Coroutine, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from worker.errors import ConfigurationError
+from schemas.routes import MAX_PARTITIONS
+from worker.errors import ConfigurationError, WorkerError
 
 if TYPE_CHECKING:
+    from worker.amqp.shelf import Wanted
     from worker.settings import BrokerSettings
 
 _S = TypeVar("_S", bound="BrokerSettings")
@@ -35,6 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigurationError as error:
         print(f"avatar-worker: {error}", file=sys.stderr)
         return 2
+    except WorkerError as error:
+        print(f"avatar-worker: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
 
@@ -52,13 +57,40 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("simulator", help="the Avatar API on this machine, with scriptable faults")
     topology = commands.add_parser("topology", help="declare and check what the worker needs on the broker")
     topology.set_defaults(command=_topology)
-    parked = commands.add_parser("parked", help="commands that were given up")
-    actions = parked.add_subparsers(required=True, metavar="ACTION")
+    changes = topology.add_subparsers(metavar="CHANGE")
+    repartition = changes.add_parser("repartition", help="change the number of partitions, while no worker runs")
+    repartition.add_argument("partitions", type=_partitions, metavar="N", help=f"1 to {MAX_PARTITIONS}")
+    repartition.set_defaults(command=_repartition)
+    doctor = commands.add_parser("doctor", help="check all a worker needs, and say what to do")
+    doctor.add_argument("--live", action="store_true", help="also open sessions with the Avatar API, and end them")
+    doctor.add_argument("--yes", action="store_true", help="do not ask before that")
+    doctor.set_defaults(command=_doctor)
+    _add_parked(commands.add_parser("parked", help="commands that were given up"))
+    explain = commands.add_parser(
+        "explain", help="what is known of a conversation: session, turns, ends, what is parked"
+    )
+    explain.add_argument("conversation", metavar="CONVERSATION", help="its id")
+    explain.add_argument("--json", action="store_true", help="as one JSON object")
+    explain.set_defaults(command=_explain)
+    return parser
+
+
+def _add_parked(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(required=True, metavar="ACTION")
     listing = actions.add_parser("list", help="show the oldest, with the reason")
     listing.add_argument("--limit", type=int, default=100, help="how many at most (default 100)")
-    listing.add_argument("--json", action="store_true", help="one JSON object a line")
     listing.set_defaults(command=_parked_list)
-    return parser
+    replay = actions.add_parser("replay", help="send them again, whole turns in order; without --yes only show which")
+    replay.set_defaults(command=_parked_replay)
+    drop = actions.add_parser("drop", help="throw them away; without --yes only show which")
+    drop.set_defaults(command=_parked_drop)
+    for action in (replay, drop):
+        action.add_argument("--yes", action="store_true", help="do it")
+    for action in (listing, replay, drop):
+        action.add_argument("--reason", help="only those given up for this reason, e.g. refused, not_json")
+        action.add_argument("--conversation", help="only those of this conversation")
+        action.add_argument("--age", type=float, metavar="SECONDS", help="only those parked longer ago than this")
+        action.add_argument("--json", action="store_true", help="one JSON object a line")
 
 
 def _run(_options: argparse.Namespace) -> int:
@@ -76,11 +108,62 @@ def _topology(_options: argparse.Namespace) -> int:
     return int(_await(operate.declare_topology(_load(TopologySettings))))
 
 
-def _parked_list(options: argparse.Namespace) -> int:
+def _repartition(options: argparse.Namespace) -> int:
     from worker import operate  # noqa: PLC0415
+    from worker.settings import TopologySettings  # noqa: PLC0415
+
+    return int(_await(operate.repartition(_load(TopologySettings), options.partitions)))
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from worker import doctor  # noqa: PLC0415
+    from worker.ops import logs  # noqa: PLC0415
+
+    logs.configure("error", "auto")
+    return int(_await(doctor.run(live=options.live, unasked=options.yes)))
+
+
+def _parked_list(options: argparse.Namespace) -> int:
+    from worker import parking  # noqa: PLC0415
     from worker.settings import BrokerSettings  # noqa: PLC0415
 
-    return int(_await(operate.list_parked(_load(BrokerSettings), limit=options.limit, as_json=options.json)))
+    settings, wanted = _load(BrokerSettings), _wanted(options)
+    return int(_await(parking.list_parked(settings, wanted, limit=options.limit, as_json=options.json)))
+
+
+def _parked_replay(options: argparse.Namespace) -> int:
+    from worker import parking  # noqa: PLC0415
+    from worker.settings import BrokerSettings  # noqa: PLC0415
+
+    settings, wanted = _load(BrokerSettings), _wanted(options)
+    return int(_await(parking.replay_parked(settings, wanted, yes=options.yes, as_json=options.json)))
+
+
+def _parked_drop(options: argparse.Namespace) -> int:
+    from worker import parking  # noqa: PLC0415
+    from worker.settings import BrokerSettings  # noqa: PLC0415
+
+    settings, wanted = _load(BrokerSettings), _wanted(options)
+    return int(_await(parking.drop_parked(settings, wanted, yes=options.yes, as_json=options.json)))
+
+
+def _wanted(options: argparse.Namespace) -> "Wanted":
+    from worker.amqp.shelf import Wanted  # noqa: PLC0415
+
+    return Wanted(options.reason, options.conversation, options.age)
+
+
+def _explain(options: argparse.Namespace) -> int:
+    from worker import explain  # noqa: PLC0415
+    from worker.settings import TopologySettings  # noqa: PLC0415
+
+    return int(_await(explain.explain(_load(TopologySettings), options.conversation, as_json=options.json)))
+
+
+def _partitions(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= MAX_PARTITIONS:
+        raise argparse.ArgumentTypeError(f"must be a number from 1 to {MAX_PARTITIONS}")
+    return int(text)
 
 
 def _load(kind: "type[_S]") -> "_S":

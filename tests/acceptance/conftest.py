@@ -27,7 +27,20 @@ KS = "test-ks"
 
 # Whoever runs the tests may have settings of his own in the environment; none of them may reach the processes.
 SETTINGS = (
-    *("AMBIGUOUS_", "AMQP_", "AVATAR_", "DRAIN_", "EVENT_", "HEARTBEAT_", "INTERRUPT_", "KEEP_", "LEDGER_", "LLM_"),
+    *(
+        "AMBIGUOUS_",
+        "AMQP_",
+        "AVATAR_",
+        "DRAIN_",
+        "EVENT_",
+        "FLOW_",
+        "HEARTBEAT_",
+        "INTERRUPT_",
+        "KALTURA_",
+        "KEEP_",
+        "LEDGER_",
+        "LLM_",
+    ),
     *("LOG_", "OPS_", "PARTITIONS", "PREFETCH", "SESSION_", "SPEECH_", "STORE_", "VOICE_", "WORKER_"),
 )
 
@@ -54,6 +67,14 @@ class Simulator:
 
     async def fault(self, **fault: object) -> None:
         await self._ask("POST", "faults", fault)
+
+    async def clear(self) -> None:
+        """No more faults."""
+        await self._ask("DELETE", "faults")
+
+    async def post(self, path: str) -> dict[str, Any]:
+        """Any control route that takes nothing."""
+        return await self._ask("POST", path)
 
     async def release(self) -> None:
         """Let all calls that hang go."""

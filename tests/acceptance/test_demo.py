@@ -66,7 +66,9 @@ async def test_a_stranger_sees_three_avatars_speak(scratch: Path) -> None:
     assert (result.code, result.err) == (0, ""), result
     assert SAID in result.out
     words = " ".join(result.out.replace("│", " ").split())
-    for text in ("sky.txt", "bicycle.txt", "stopped.txt"):
+    assert "because it steers itself. When" in words, "without its mark-up"
+    assert "1. The front wheel turns a little to the same side. 2." in words
+    for text in ("sky.txt", "stopped.txt"):
         assert " ".join((EXAMPLES / "texts" / text).read_text().split()) in words
     assert "Once upon a time" in words
     assert "… interrupted" in words
@@ -209,6 +211,12 @@ def record() -> Record:
 def test_a_turn_said_once_is_right_however_it_was_cut(record: Record) -> None:
     assert complaints(record, {"c": [("t1", "One two.")]}) == []
     assert complaints(record, {"c": [("t1", "One"), ("t1", "two.")]}) == []
+
+
+def test_mark_up_is_not_said(record: Record) -> None:
+    record.published(record.conversations["c"], "m3", {"turnId": "t1", "text": " **Three**, 🎉", "isFinal": True})
+    record.heard(record.conversations["c"], event("speech.accepted", "m3", text="Three,", latencyMs=5))
+    assert complaints(record, {"c": [("t1", "One two. "), ("t1", "Three,")]}) == []
 
 
 @pytest.mark.parametrize(

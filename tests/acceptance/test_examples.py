@@ -92,6 +92,24 @@ async def test_every_conversation_hears_the_whole_text(run: Run, worker: Child, 
     assert transcript["counters"]["overlaps"]["say"] == 0
 
 
+async def test_the_producer_waits_while_it_is_asked_to(start: Start, worker: Child, simulator: Simulator) -> None:
+    await simulator.fault(kind="hang", route="say-text", when="after")
+    async with start("producer.py", "long.txt", "--rate", "300", "--json") as process:
+        assert process.stdout
+        lines: list[dict[str, Any]] = []
+        pauses: list[int] = []
+        async for line in process.stdout:
+            lines.append(json.loads(line))
+            if lines[-1].get("event", {}).get("type") == "avatar.flow.paused":
+                pauses.append(len(lines))
+                if len(pauses) == 2:
+                    await simulator.release()
+        behind = [one for one in lines[pauses[0] : pauses[1]] if "published" in one]
+        assert len(behind) <= 1, "one was on its way"
+        assert lines[-1]["summary"]["turns"] == {"completed": 1}
+    assert only(await simulator.spoken()) == LONG
+
+
 async def test_a_person_sees_the_progress_and_how_each_turn_ended(run: Run, worker: Child) -> None:
     result = await run("producer.py", "--conversation-prefix", "visitor", given=TEXT)
 

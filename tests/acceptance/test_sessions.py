@@ -1,6 +1,7 @@
 """Avatar sessions: started, answered, attached, replaced, ended."""
 
 import json
+import signal
 import time
 from typing import Any
 
@@ -153,3 +154,45 @@ async def test_an_end_waits_for_the_playback(start_worker: StartWorker, simulato
     begun = time.monotonic()
     await bus.ended(await bus.send("c", {"type": "session.end"}))
     assert 1.4 < time.monotonic() - begun < 5
+
+
+async def test_a_session_that_is_lost_is_recreated_and_asked_for_again(
+    start_worker: StartWorker, simulator: Simulator, bus: Bus, asker: Asker
+) -> None:
+    await start_worker()
+    first = await asker.start("c", avatarId="ann", voiceId="v")
+    await simulator.post(f"sessions/{first['sessionId']}/forget")
+    spoken = await bus.ended(await bus.say("c", "t", "Said to the second."))
+    assert (spoken["type"], spoken["data"]["possibleDuplicate"]) == ("avatar.speech.accepted", True)
+    assert (await bus.event("session.ended", "c"))["data"]["reason"] == "lost"
+    second = await asker.start("c")
+    assert second["sessionId"] != first["sessionId"]
+    _, session = await simulator.sessions()
+    assert (session["id"], session["avatar_id"], session["spoken"]) == (
+        second["sessionId"],
+        "ann",
+        ["Said to the second."],
+    )
+
+
+async def test_a_start_beyond_the_fleet_s_limit_waits_for_a_free_session(
+    start_worker: StartWorker, simulator: Simulator, bus: Bus, asker: Asker
+) -> None:
+    await start_worker(AVATAR_MAX_SESSIONS="1", SESSION_WAIT_S="2")
+    await asker.start("c1")
+    assert (await asker.start("c2"))["error"].startswith("capacity")
+    await bus.send("c2", {"type": "session.start"})
+    await bus.send("c1", {"type": "session.end"})
+    await bus.event("session.ready", "c2")
+    assert [session["ended_by"] for session in await simulator.sessions()] == ["request", None]
+
+
+async def test_a_worker_that_stops_ends_its_sessions_if_it_should(
+    start_worker: StartWorker, simulator: Simulator, bus: Bus
+) -> None:
+    worker = await start_worker(SESSION_ON_STOP="end")
+    await bus.ended(await bus.say("c", "t", "Hello."))
+    worker.signal(signal.SIGTERM)
+    assert await worker.ended() == 0
+    assert (await bus.event("session.ended", "c"))["data"]["reason"] == "shutdown"
+    assert [session["ended_by"] for session in await simulator.sessions()] == ["request"]

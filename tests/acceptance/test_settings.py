@@ -60,6 +60,7 @@ async def run(trap: str, cwd: Path, **env: str) -> Finished:
         ("STORE_URL", f"mysql://{SECRET}/"),
         ("STORE_URL", "sqlite:///"),
         ("STORE_URL", f"sqlite:////nowhere/{SECRET}.db"),
+        ("STORE_URL", f"postgresql://u:{SECRET}@127.0.0.1:1/d"),
         ("SPEECH_SHAPING", SECRET),
         ("SPEECH_MAX_AGE_S", "-1"),
         ("SPEECH_MAX_AGE_S", "nan"),
@@ -81,6 +82,30 @@ async def test_all_wrong_settings_are_named_at_once(trap: str, tmp_path: Path) -
     found = await run(trap, tmp_path, PARTITIONS="many", OPS_PORT="none", AVATAR_KS="")
     assert found.code == 2
     assert {"PARTITIONS", "OPS_PORT"} <= {line.partition(":")[0] for line in found.err.splitlines()}
+
+
+@pytest.mark.parametrize(
+    ("given", "missing"),
+    [
+        ({}, "KALTURA_APP_TOKEN"),
+        ({"KALTURA_APP_TOKEN": SECRET, "KALTURA_APP_TOKEN_ID": "0_a"}, "KALTURA_PARTNER_ID"),
+        ({"KALTURA_ADMIN_SECRET": SECRET}, "KALTURA_PARTNER_ID"),
+        ({"KALTURA_PARTNER_ID": "101"}, "KALTURA_APP_TOKEN"),
+        ({"KALTURA_PARTNER_ID": "101", "KALTURA_APP_TOKEN": SECRET}, "KALTURA_APP_TOKEN_ID"),
+        (
+            {"KALTURA_PARTNER_ID": "101", "KALTURA_APP_TOKEN_ID": "0_a", "KALTURA_ADMIN_SECRET": SECRET},
+            "KALTURA_APP_TOKEN",
+        ),
+    ],
+)
+async def test_what_is_missing_to_ask_for_a_kaltura_session_is_named(
+    trap: str, tmp_path: Path, given: dict[str, str], missing: str
+) -> None:
+    found = await run(trap, tmp_path, AVATAR_KS="", **given)
+    assert found.code == 2
+    (line,) = [line for line in found.err.splitlines() if line.startswith("AVATAR_KS: ")]
+    assert missing in line
+    assert SECRET not in found.err + found.out
 
 
 async def test_a_port_that_is_taken_is_named(trap: str, tmp_path: Path) -> None:

@@ -2,13 +2,38 @@
 
 import asyncio
 import json
+import re
 import time
+from collections import Counter
 
 from pamqp.commands import Basic
 
 from tests.acceptance.conftest import Simulator, StartWorker
 from tests.support.bus import Bus, Moment, Raw
 
+ANSWER = """## Why the sky is blue
+
+Sunlight is a *mix* of all colours. In the air the **short** waves, the blue ones, bounce off the molecules (see \
+[Rayleigh](https://example.org/rayleigh)) far more often than the long ones do, by a factor of about 5.5. So wherever \
+you look, some blue light comes to you from there 🌍:
+
+- **Noon**: the way through the air is short, e.g. 8 km.
+- **Evening**: it is long, and the blue gets lost.
+
+```python
+scattering = 1 / wavelength**4
+```
+
+What is left then is `red`. Does that help?
+"""
+SPOKEN = """Why the sky is blue
+Sunlight is a mix of all colours. In the air the short waves, the blue ones, bounce off the molecules (see \
+Rayleigh) far more often than the long ones do, by a factor of about 5.5. So wherever \
+you look, some blue light comes to you from there:
+Noon: the way through the air is short, e.g. 8 km.
+Evening: it is long, and the blue gets lost.
+What is left then is red. Does that help?
+"""
 QUEUE = "avatar.commands.v1.p00"
 
 
@@ -24,6 +49,56 @@ async def test_without_shaping_a_chunk_is_a_call(start_worker: StartWorker, simu
     assert [say["isFinal"] for say in says] == [False, False, False, False, True]
     ended = await bus.ended(blank)
     assert (ended["type"], ended["data"]["reason"]) == ("avatar.speech.discarded", "empty")
+
+
+async def test_an_answer_in_markdown_is_spoken_in_sentences(
+    start_worker: StartWorker, simulator: Simulator, bus: Bus
+) -> None:
+    await start_worker()
+    tokens = re.findall(r"\s*\S{1,6}|\s+", ANSWER)
+    ids = [await bus.say("c", "t", token, final=False) for token in tokens]
+    ids.append(await bus.say("c", "t", ""))
+    await bus.all_ended(ids)
+    (session,) = await simulator.sessions()
+    says = [call["body"] for call in session["calls"] if call["route"] == "say-text"]
+    assert "".join(say["text"] for say in says).split() == SPOKEN.split()
+    assert [say["isFinal"] for say in says] == [*[False] * (len(says) - 1), True]
+    assert len(says) <= len(tokens) / 8
+    assert Counter(id_ for event in bus.of("speech.accepted") for id_ in event["data"]["commandIds"]) == Counter(ids)
+    completed = await bus.event("turn.completed")
+    assert (completed["data"]["pieces"], completed["data"]["finalSent"]) == (len(says), True)
+
+
+async def test_each_part_of_cleaning_is_a_setting(start_worker: StartWorker, simulator: Simulator, bus: Bus) -> None:
+    await start_worker(SPEECH_CLEAN_EMPHASIS="false", SPEECH_CLEAN_EMOJI="false", SPEECH_LANGUAGE="de")
+    await bus.ended(await bus.say("c", "t", "**Am 3. Oktober**, `ja` 🎉!"))
+    assert await simulator.spoken() == {"t": "**Am 3. Oktober**, ja 🎉!"}
+
+
+async def test_a_turn_without_a_final_is_closed(start_worker: StartWorker, simulator: Simulator, bus: Bus) -> None:
+    await start_worker(SPEECH_AUTO_FINAL_S="1", SPEECH_STALL_FIRST_MS="100", SPEECH_FINAL_TEXT="Bye.")
+    await bus.ended(await bus.say("c", "t", "Hello there. ", final=False))
+    completed = (await bus.event("turn.completed", "c"))["data"]
+    assert (completed["finalSent"], completed["autoFinal"]) == (True, True)
+    assert await simulator.spoken() == {"t": "Hello there. Bye."}
+
+
+async def test_producers_are_asked_to_pause_while_the_api_hangs(
+    start_worker: StartWorker, simulator: Simulator, bus: Bus
+) -> None:
+    await start_worker(FLOW_VALID_S="0.5")
+    await simulator.fault(kind="hang", route="say-text", when="after")
+    ids = [await bus.say("c", "t", "Being said. ", final=False)]
+    await simulator.wait("say-text")
+    ids += [await bus.say("c", "t", "This is one sentence of many. ", final=number == 39) for number in range(40)]
+    await bus.until(lambda: len(bus.of("flow.paused")) >= 3)
+    assert not bus.of("flow.resumed")
+    assert {event["data"]["validS"] for event in bus.of("flow.paused")} == {0.5}
+    assert all(event["data"]["waitingChars"] >= 1000 for event in bus.of("flow.paused"))
+    await simulator.release()
+    assert (await bus.event("flow.resumed", "c"))["data"]["waitingChars"] <= 200
+    await bus.all_ended(ids)
+    assert len(bus.of("flow.resumed")) == 1
 
 
 async def test_old_speech_expires_with_its_turn(start_worker: StartWorker, simulator: Simulator, bus: Bus) -> None:
@@ -104,7 +179,7 @@ async def test_no_bad_message_stops_the_worker_serving_others(
     ]
     for name, body, key, _ in bad:
         await bus.publish(body, key, properties=Basic.Properties(message_id=name, delivery_mode=2))
-        await bus.say("good", "served", ".", final=False)
+        await bus.say("good", "served", "a", final=False)
     await bus.publish(good, "odd", properties=Basic.Properties(message_id=Raw(b"\xff"), headers={Raw(b"\xfe"): 1}))
     await bus.publish(good, "odd", properties=Basic.Properties(message_id="absurd", timestamp=Moment.of(2**62)))
     await bus.all_ended([name for name, *_ in bad] + [r"\xff", "absurd"])
@@ -120,8 +195,8 @@ async def test_no_bad_message_stops_the_worker_serving_others(
     assert b"s3cret" not in attach.body
     told = json.dumps([event for event in bus.events if event["type"] == "avatar.command.rejected"])
     assert "s3cret" not in told + worker.log
-    await bus.ended(await bus.say("good", "served", "!"))
-    assert (await simulator.spoken())["served"] == "." * len(bad) + "!"
+    await bus.ended(await bus.say("good", "served", "b"))
+    assert (await simulator.spoken())["served"] == "a" * len(bad) + "b"
     await bus.drained(QUEUE)
     assert "broker_lost" not in worker.log
 

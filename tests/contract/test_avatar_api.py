@@ -1,11 +1,10 @@
-"""`ports.AvatarApi`: the real client against the shipped simulator; and where its Kaltura Session comes from."""
+"""`ports.AvatarApi`: the real client against the shipped simulator."""
 
 import asyncio
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,10 +16,9 @@ from tests.support.conversation import speak
 from tests.support.simulator import Simulator
 from worker.avatar import faults
 from worker.avatar.client import Api, AvatarClient
-from worker.avatar.credentials import FixedKs, KsFile
+from worker.avatar.credentials import FixedKs
 from worker.core.model import CallKind, CallResult, Part, Piece, Session
 from worker.core.work import Open
-from worker.errors import ConfigurationError
 
 ANN = Open("ann", "v1", 1.1)
 VERBS = ["create", "init-client", "say-text", "interrupt", "keep-alive", "end"]
@@ -306,52 +304,3 @@ class TestTable:
         result = faults.of_answer(status, document, header, creating=creating)
         assert (result.kind is CallKind.OK) <= (200 <= status < 300)
         assert len(result.error) <= 250
-
-
-class TestCredentials:
-    async def test_a_file_is_read_again_when_it_changes(self, simulator: Simulator, tmp_path: Path) -> None:
-        path = tmp_path / "ks"
-        path.write_text("demo-ks\n")
-        async with AvatarClient(Api(simulator.url), KsFile(path)) as client:
-            assert (await client.create(ANN))[0].kind is CallKind.OK
-            await simulator.control("POST", "settings", {"ks": "fresh"})
-            assert (await client.create(ANN))[0].kind is CallKind.DENIED
-            path.write_text("fresh\n")
-            assert (await client.create(ANN))[0].kind is CallKind.OK
-
-    async def test_a_ks_that_is_renewed_while_it_is_refused_is_tried_once(self, simulator: Simulator) -> None:
-        given_out = iter(["old", "demo-ks", "never asked for"])
-
-        class Rotated:
-            def current(self) -> str:
-                return next(given_out)
-
-        async with AvatarClient(Api(simulator.url), Rotated()) as client:
-            assert (await client.create(ANN))[0].kind is CallKind.OK
-        assert [one["status"] for one in await simulator.calls()] in ([200, 401], [401, 200])
-        assert next(given_out) == "never asked for"
-
-    @pytest.mark.parametrize("meanwhile", [None, b"", b" \n", b"\xff\xfe", b"two\nlines"])
-    def test_a_file_that_is_being_rotated_leaves_the_last_one(self, tmp_path: Path, meanwhile: bytes | None) -> None:
-        path = tmp_path / "ks"
-        path.write_text("first")
-        source = KsFile(path)
-        if meanwhile is None:
-            path.unlink()
-        else:
-            path.write_bytes(meanwhile)
-        assert source.current() == "first"
-        path.write_text("second one".replace(" ", "-"))
-        assert source.current() == "second-one"
-
-    @pytest.mark.parametrize("content", [None, b"", b"\n", b"\xff", b"two words", b"two\r\nlines"])
-    def test_nothing_to_begin_with(self, tmp_path: Path, content: bytes | None) -> None:
-        path = tmp_path / "ks"
-        if content is not None:
-            path.write_bytes(content)
-        with pytest.raises(ConfigurationError, match="AVATAR_KS_FILE") as raised:
-            KsFile(path)
-        assert "two" not in str(raised.value).removeprefix(f"AVATAR_KS_FILE: {path}")
-
-    def test_blanks_around_it_do_not_matter(self) -> None:
-        assert FixedKs(SecretStr(" djJ8abc=\n")).current() == "djJ8abc="

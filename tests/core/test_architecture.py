@@ -21,6 +21,7 @@ NAMES = {
     "worker.ops.metrics",
 }  # log names and metrics are one list each, written in one place for all
 OUTER = {"worker.flow", "worker.amqp", "worker.avatar", "worker.stores", "worker.ops"}
+COMMANDS = {"worker.operate", "worker.doctor", "worker.parking", "worker.explain"}
 MAY_IMPORT = {
     "schemas": set[str](),
     "worker": set[str](),
@@ -32,7 +33,10 @@ MAY_IMPORT = {
     "worker.local": {"schemas"},
     "worker.app": {*INNER, *OUTER, "worker.settings"},
     "worker.operate": {*INNER, *OUTER, "worker.settings"},
-    "worker.cli": {*INNER, *OUTER, "worker.settings", "worker.app", "worker.operate", "worker.local"},
+    "worker.doctor": {*INNER, *OUTER, "worker.settings", "worker.app", "worker.operate"},
+    "worker.parking": {*INNER, *OUTER, "worker.settings", "worker.operate"},
+    "worker.explain": {*INNER, *OUTER, "worker.settings", "worker.operate", "worker.parking"},
+    "worker.cli": {*INNER, *OUTER, *COMMANDS, "worker.settings", "worker.app", "worker.local"},
     "worker.__main__": {"worker.cli"},
 }
 
@@ -43,24 +47,29 @@ ROOMS_OF = {
     "pamqp": {"worker.amqp"},
     "aiohttp": {"worker.avatar", "worker.ops", "worker.local"},
     "sqlalchemy": {"worker.stores"},
+    "asyncpg": {"worker.stores"},
     "sqlite3": {"worker.stores"},
 }
 
 # The core computes. What is not listed here may reach a clock, chance, the machine or a vendor.
 PURE = {
     "abc",
+    "bisect",
     "collections",
     "dataclasses",
     "enum",
     "functools",
     "hashlib",
+    "html",
     "itertools",
     "json",
     "math",
+    "operator",
     "re",
+    "regex",
+    "sentencex",
     "typing",
 }
-PURE |= {"unicodedata"}
 VAGUE = {"common", "helpers", "misc", "util", "utils"}
 
 

@@ -19,6 +19,8 @@ from schemas.events import (
     DiscardReason,
     EndReason,
     Event,
+    FlowPaused,
+    FlowResumed,
     InterruptDone,
     RejectedField,
     SessionEnded,
@@ -73,6 +75,8 @@ SAMPLES: list[Data] = [
     ),
     InterruptDone(turn_ids=(), latency_ms=0, command_ids=()),
     InterruptDone(turn_ids=("t1", "t2"), latency_ms=9, api_status=0, command_ids=IDS),
+    FlowPaused(waiting_chars=1000, valid_s=10),
+    FlowResumed(waiting_chars=0),
 ]
 DOCUMENTS = generate.documents()
 

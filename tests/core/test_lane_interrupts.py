@@ -191,18 +191,32 @@ class TestBetweenAttempts:
         talk.say()
         talk.done(NOT_TAKEN).offer(interrupt(wanted))
         assert talk.ends(chunk) == ["speech.discarded interrupted"]
-        assert talk.next() == CallInterrupt()
+        assert talk.calls[1:] == [CallInterrupt()]
+        talk.settle()
+        assert talk.calls[1:] == [CallInterrupt()], "there is nothing it could have missed"
 
-    def test_a_piece_perhaps_taken_is_not_repeated_and_the_api_is_told_when_that_call_is_over(self) -> None:
+    def test_a_piece_perhaps_taken_is_not_repeated_and_the_api_is_told_again_when_that_call_is_over(self) -> None:
         chunk = speak("t1", "a")
         talk = Conversation().offer(chunk)
         talk.say()
         talk.done(UNKNOWN).offer(interrupt("t1"))
         assert talk.ends(chunk) == ["speech.discarded interrupted"]
         assert talk.of("turn.interrupted")[0]["discardedCommands"] == 1
+        assert talk.calls[1:] == [CallInterrupt()]
+        talk.interrupted()
         assert talk.waits() == 2.0
         talk.now += 2
         assert talk.next() == CallInterrupt()
+        talk.done().settle()
+        assert talk.types.count("interrupt.done") == 1
+
+    def test_it_is_not_told_again_if_what_was_perhaps_taken_is_another_turn(self) -> None:
+        talk = Conversation(replace(RULES, ambiguous="repeat")).offer(speak("t1", "a")).settle()
+        talk.offer(speak("t2", "b"))
+        talk.say()
+        talk.done(UNKNOWN, jitter=0.0).offer(interrupt("t1")).settle()
+        assert talk.calls.count(CallInterrupt()) == 1
+        assert [data["attempts"] for data in talk.of("speech.accepted")] == [1, 2]
 
     def test_the_piece_of_another_turn_goes_on_being_tried(self) -> None:
         talk = Conversation().offer(speak("t1", "a"))
@@ -218,7 +232,7 @@ class TestOrder:
         talk = Conversation().offer(start, speak("t1", "a"), end, interrupt()).settle()
         assert talk.ends(start) == ["session.ready"]
         assert talk.ends(end) == ["session.ended requested"]
-        assert talk.types[-1] == "interrupt.done"
+        assert talk.types.index("interrupt.done") < talk.types.index("session.ready"), "at once, not in its place"
 
     def test_a_failed_turn_stays_failed(self) -> None:
         rest = speak("t1", "b")
@@ -253,18 +267,24 @@ class TestDeliveredAgain:
 
     def test_nor_does_one_whose_call_is_under_way(self) -> None:
         talk = Conversation().offer(speak("t1", "a")).settle().offer(interrupt(message_id="i"))
-        assert talk.next() == CallInterrupt()
+        assert talk.calls[-1] == CallInterrupt()
         again = interrupt(message_id="i")
-        talk.forget().offer(again, speak("t1", "late"), speak("t2", "b")).done().settle()
+        talk.interrupted().forget().offer(again, speak("t1", "late"), speak("t2", "b")).settle()
         assert talk.calls.count(CallInterrupt()) == 1
         assert talk.said[-1] == ("t2", "b", False)
         assert talk.ends(again) == ["interrupt.done"]
 
-    def test_one_that_was_dropped_acts_again_and_stays_in_its_place(self) -> None:
+    @pytest.mark.parametrize("acted", [False, True])
+    def test_one_that_was_dropped_stays_in_its_place_and_ends_as_if_it_had_not_been(self, acted: bool) -> None:
         talk = Conversation().offer(speak("t1", "a", message_id="m1"))
         talk.say()
-        talk.offer(interrupt(message_id="i"), speak("t2", "b", message_id="m2")).forget()
-        talk.offer(speak("t1", "a", message_id="m1"), interrupt(message_id="i"), speak("t2", "b", message_id="m2"))
-        talk.done().settle()
+        talk.done()
+        if acted:
+            talk.offer(speak("t1", "x", message_id="m2"), interrupt(message_id="i"), speak("t2", "b", message_id="m3"))
+        talk.forget()
+        talk.offer(speak("t1", "a", message_id="m1"), speak("t1", "x", message_id="m2"))
+        talk.offer(interrupt(message_id="i"), speak("t2", "b", message_id="m3")).settle()
         assert talk.said == [("t1", "a", False), ("t2", "b", False)]
-        assert talk.types.count("interrupt.done") == 1
+        (done,) = talk.of("interrupt.done")
+        assert done["turnIds"] == ["t1"]
+        assert talk.memory.state.silenced == {}

@@ -8,14 +8,10 @@ import pytest
 
 from schemas.commands import FieldError, Malformed, RejectReason
 from tests.flow.conftest import Flow
-from tests.support.fakes import FakeDelivery, idle, until
+from tests.support.fakes import FakeDelivery, until
 from worker.core.lane import Lane
 from worker.core.model import Misfit, ReplyTo
 from worker.core.work import Step
-
-
-async def said(flow: Flow, text: str) -> None:
-    await until(lambda: text in flow.api.said)
 
 
 async def test_the_journey_of_a_turn(flow: Flow) -> None:
@@ -48,9 +44,9 @@ async def test_a_slow_conversation_holds_up_no_other(flow: Flow) -> None:
 
 async def test_a_listener_cannot_stop_speech(flow: Flow) -> None:
     flow.outbox.gate = asyncio.Event()
-    for text in "abc":
+    for number, text in enumerate("abc", 1):
         flow.speak(text)
-        await said(flow, text)
+        await flow.said(*"abc"[:number])
     assert not any(delivery.settled for delivery in flow.deliveries)
     flow.outbox.gate.set()
     await flow.all_settled()
@@ -59,13 +55,11 @@ async def test_a_listener_cannot_stop_speech(flow: Flow) -> None:
 async def test_a_lane_leaves_the_map_and_comes_back_with_its_memory(flow: Flow) -> None:
     first = flow.speak("a")
     await until(lambda: not flow.lanes.is_served("c1"))
-    assert flow.deliveries[0].settled
-    again = FakeDelivery(flow.outbox, "again")
-    flow.deliveries.append(again)
-    flow.lanes.offer(replace(first, delivery=again, redelivered=True))
+    await flow.all_settled()
+    flow.deliver(replace(first, redelivered=True))
     await flow.all_settled()
     assert flow.api.verbs() == ["create", "say"]
-    events = [event for what, event in flow.outbox.log if what == "tell" and event.type.endswith("accepted")]
+    events = flow.told("speech.accepted")
     assert len(events) == 2
     assert len({event.id("s") for event in events}) == 1
 
@@ -76,11 +70,11 @@ async def test_a_lane_that_crashes_is_rebuilt_and_its_neighbours_never_notice(
     crashes = iter([RuntimeError("a bug"), RuntimeError("the same again")])
     healthy = Lane.next
 
-    def next_(lane: Lane, now: float) -> Step:
+    def next_(lane: Lane, now: float, hold_until: float = 0.0) -> Step:
         if lane._book.conversation_id == "ill":
             for crash in crashes:
                 raise crash
-        return healthy(lane, now)
+        return healthy(lane, now, hold_until)
 
     monkeypatch.setattr(Lane, "next", next_)
     flow.speak("a", conversation_id="ill")
@@ -93,11 +87,11 @@ async def test_a_lane_that_crashes_is_rebuilt_and_its_neighbours_never_notice(
 
 
 async def test_a_store_out_of_reach_is_waited_for(flow: Flow) -> None:
-    flow.store.broken = True
+    flow.store.way.broken = True
     flow.speak("a")
-    await idle()
+    await flow.quiet()
     assert flow.api.calls == []
-    flow.store.broken = False
+    flow.store.way.broken = False
     await flow.all_settled()
     assert flow.api.said == ["a"]
 
@@ -106,15 +100,14 @@ async def test_a_client_that_raises_counts_as_a_lost_answer(flow: Flow) -> None:
     flow.api.results["say"] = [RuntimeError("a bug")]
     flow.speak("a")
     await until(lambda: flow.api.said == ["a"])
-    await idle()
+    await flow.quiet()
     assert flow.outbox.told == ["session.ready"]
     assert flow.lanes.is_served("c1")
     flow.clock.now += 30  # more than any wait
     flow.speak("b", final=True)
     await flow.all_settled()
     assert flow.api.said == ["a", "a", "b"]
-    (first, _) = [event.data for what, event in flow.outbox.log if what == "tell" and "accepted" in event.type]
-    assert first.possible_duplicate is True
+    assert flow.flags() == [("a", True), ("b", None)]
 
 
 async def test_a_message_that_is_no_command_is_parked_told_answered_and_acknowledged(flow: Flow) -> None:
@@ -132,11 +125,23 @@ async def test_what_a_lost_connection_brought_is_dropped_but_for_the_call_under_
     flow.speak("a")
     await until(lambda: flow.api.said == ["a"])
     flow.speak("b")
-    flow.lanes.forget(lambda _: True)
+    flow.lose()
     gate.set()
-    await until(lambda: not flow.lanes.is_served("c1"))
+    await until(lambda: not flow.lanes.is_served("c1") and flow.flags() == [("a", None)])
     assert flow.api.said == ["a"]
-    assert [delivery.settled for delivery in flow.deliveries] == [1, 0]
+
+
+async def test_what_it_brought_comes_again_and_what_had_ended_is_told_again(flow: Flow) -> None:
+    gate = flow.api.gates["say a"] = asyncio.Event()
+    flow.speak("a")
+    await until(lambda: flow.api.said == ["a"])
+    flow.speak("b")
+    flow.redeliver()
+    gate.set()
+    await flow.all_settled()
+    assert flow.api.said == ["a", "b"]
+    assert flow.flags() == [("a", None), ("a", None), ("b", None)]
+    assert len({event.id("s") for event in flow.told("speech.accepted")}) == 2
 
 
 class TestStop:
@@ -146,7 +151,7 @@ class TestStop:
         await until(lambda: flow.api.said == ["a"])
         flow.speak("b")
         stopping = asyncio.create_task(flow.lanes.stop())
-        await idle()
+        await flow.quiet()
         flow.speak("c", conversation_id="c2")
         assert not stopping.done()
         gate.set()
@@ -159,7 +164,7 @@ class TestStop:
         flow.speak("a")
         await until(lambda: flow.api.said == ["a"])
         stopping = asyncio.create_task(flow.lanes.stop())
-        await idle()
+        await flow.quiet()
         assert not stopping.done()
         flow.outbox.gate.set()
         await stopping
@@ -177,9 +182,9 @@ class TestStop:
 
     async def test_a_lane_in_its_pause_after_a_crash_stops_at_once(self, flow: Flow, monkeypatch: Any) -> None:
         monkeypatch.setattr("worker.flow.runner.PAUSE_S", 3600)
-        flow.store.broken = True
+        flow.store.way.broken = True
         flow.speak("a")
-        await idle()
+        await flow.quiet()
         async with asyncio.timeout(2):
             await flow.lanes.stop()
 
@@ -191,33 +196,5 @@ class TestStop:
             await flow.lanes.abandon()
         assert flow.deliveries[0].settled == 0
         flow.speak("b")
-        await idle()
+        await flow.quiet()
         assert flow.api.said == ["a"]
-
-
-class TestPrune:
-    async def test_old_memories_go(self, flow: Flow) -> None:
-        flow.speak("a")
-        await until(lambda: not flow.lanes.is_served("c1"))
-        flow.lanes._prune(flow.clock() - 1)
-        assert "c1" in flow.lanes._memories
-        flow.lanes._prune(flow.clock() + 1)
-        assert not flow.lanes._memories
-
-    async def test_a_lane_keeps_its_memory_while_it_runs(self, flow: Flow) -> None:
-        gate = flow.api.gates["say"] = asyncio.Event()
-        flow.speak("a", final=True)
-        await until(lambda: flow.api.said == ["a"])
-        flow.lanes._prune(flow.clock() + 1)
-        gate.set()
-        await flow.all_settled()
-        assert flow.lanes._memories["c1"].ended
-
-    async def test_there_is_a_limit_in_all(self, flow: Flow, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("worker.flow.lanes.REMEMBERED", 3)
-        for n in range(4):
-            flow.speak(f"{n}", conversation_id="c1")
-            flow.speak(f"{n}", conversation_id="c2")
-        await flow.all_settled()
-        flow.lanes._prune(0.0)
-        assert sum(len(memory.ended) for memory in flow.lanes._memories.values()) == 3

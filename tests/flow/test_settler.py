@@ -1,6 +1,9 @@
 """The settler: park, tell, answer, acknowledge, in this order, and one conversation never waits for another."""
 
 import asyncio
+from dataclasses import replace
+
+import pytest
 
 from schemas.events import Event, TurnStarted
 from tests.support.conversation import entry
@@ -8,6 +11,7 @@ from tests.support.fakes import FakeDelivery, FakeOutbox, idle, until
 from worker.core.model import Entry, ReplyTo
 from worker.core.verdict import Answer, Conclusion, Parked
 from worker.flow.settler import Settler
+from worker.ports import Grant
 
 
 def conclusion(outbox: FakeOutbox, name: str, *, conversation_id: str = "c1", entries: int = 1) -> Conclusion:
@@ -87,3 +91,38 @@ async def test_abandoned_work_is_left_to_be_delivered_again() -> None:
     await idle()
     await settler.abandon()
     assert "settle" not in outbox.whats
+
+
+async def test_nothing_is_told_before_it_is_recorded_and_nothing_overtakes_it() -> None:
+    outbox = FakeOutbox()
+    settler = Settler(outbox)
+    recorded: asyncio.Future[Grant] = asyncio.get_running_loop().create_future()
+    settler.submit([conclusion(outbox, "a")], recorded)
+    settler.submit([conclusion(outbox, "b")])
+    await idle()
+    assert outbox.log == []
+    recorded.set_result(Grant.GRANTED)
+    await settler.drain()
+    assert [name for what, name in outbox.log if what == "settle"] == ["a", "b"]
+
+
+@pytest.mark.parametrize("grant", [Grant.OUTDATED, Grant.REFUSED])
+async def test_what_could_not_be_recorded_is_neither_parked_nor_told_nor_acknowledged(grant: Grant) -> None:
+    outbox = FakeOutbox()
+    settler = Settler(outbox)
+    recorded: asyncio.Future[Grant] = asyncio.get_running_loop().create_future()
+    recorded.set_result(grant)
+    settler.submit([conclusion(outbox, "a"), conclusion(outbox, "b")], recorded)
+    settler.submit([conclusion(outbox, "c")])
+    await settler.drain()
+    assert outbox.whats == ["park", "tell", "answer", "settle"]
+
+
+async def test_the_events_that_go_with_it_are_told_in_their_order() -> None:
+    outbox = FakeOutbox()
+    settler = Settler(outbox)
+    before, one, after = (conclusion(outbox, name) for name in ("before", "a", "after"))
+    settler.submit([replace(one, before=(before.event,), after=(after.event,))])
+    await settler.drain()
+    assert [event.key for what, event in outbox.log if what == "tell"] == ["before", "a", "after"]
+    assert outbox.whats[-1] == "settle"

@@ -10,28 +10,45 @@ import pytest
 from aio_pika.abc import AbstractConnection
 
 from tests.support.bus import Bus, connected, eventually
+from worker.amqp.dead import DeadQueue
 from worker.amqp.inbox import Inbox
 from worker.amqp.link import Link
 from worker.amqp.outbox import Outbox
 from worker.amqp.topology import Record
 from worker.core.model import CallKind, CallResult, Piece, Session, Viewer
 from worker.core.work import Open, Rules
+from worker.flow.backlog import Backlog
 from worker.flow.clock import SteadyClock
+from worker.flow.dead_letters import DeadLetters
 from worker.flow.desk import Desk
 from worker.flow.lanes import Lanes
 from worker.flow.settler import Settler
-from worker.stores.sql import SqlStore
+from worker.stores.backlog import SqlBacklog
+from worker.stores.database import Database
+from worker.stores.ledger import SqlLedger
+from worker.stores.sessions import SqlSessions
 
 Session_ = Callable[[AbstractConnection], Awaitable[None]]
 STORE = "the store"
 OK = CallResult(CallKind.OK, 200)
+REFUSED = CallResult(CallKind.REFUSED, 400, error="not that")
+
+
+def agreed(partitions: int, store_id: str = STORE, prefetch: int = 200) -> Record:
+    """What the workers of a test agree on."""
+    return Record(partitions, store_id, prefetch)
 
 
 @dataclass
 class Avatar:
-    """`ports.AvatarApi` that takes everything and remembers it; while `closed`, a say does not come back."""
+    """`ports.AvatarApi` that remembers what it takes: all but text it `refuses`.
+
+    While `gate` is shut, a say hangs: all of them, or those of the turns in `hanging`.
+    """
 
     said: list[Piece] = field(default_factory=list)
+    refuses: set[str] = field(default_factory=set)
+    hanging: set[str] = field(default_factory=set)
     gate: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
@@ -42,8 +59,9 @@ class Avatar:
 
     async def say(self, _: Session, piece: Piece) -> CallResult:
         self.said.append(piece)
-        await self.gate.wait()
-        return OK
+        if not self.hanging or piece.turn_id in self.hanging:
+            await self.gate.wait()
+        return REFUSED if any(text in piece.text for text in self.refuses) else OK
 
     async def interrupt(self, _: Session) -> CallResult:
         return OK
@@ -78,6 +96,8 @@ class Station:
     outbox: Outbox
     avatar: Avatar
     lanes: Lanes
+    ledger: SqlLedger
+    kept: SqlBacklog
     settler: Settler
     consuming: Life
     publishing: Life
@@ -137,25 +157,49 @@ def start(amqp_url: str) -> Start:
         name: str = "w1",
         partitions: int = 1,
         event_retry_s: float = 30.0,
+        store_url: str = "sqlite://",
+        dead: bool = False,
+        prefetch: int = 200,
+        avatar: Avatar | None = None,
     ) -> AsyncIterator[Station]:
-        clock, avatar = SteadyClock(), Avatar()
-        store = await SqlStore.open("sqlite://")
+        clock, avatar = SteadyClock(), avatar or Avatar()
+        database = await Database.open(store_url)
+        store, ledger = SqlSessions(database), SqlLedger(database, clock)
         outbox = Outbox(source="test", worker=name, event_retry_s=event_retry_s, clock=clock)
         settler = Settler(outbox)
-        lanes = Lanes(Rules(default_avatar="a"), Desk(avatar, store, name, clock), settler, clock, keep_s=3600)
-        inbox = Inbox(lanes, wanted=Record(partitions, STORE), worker=name, prefetch=200, clock=clock)
-        consuming, publishing = Life(inbox.session), Life(outbox.session)
-        tasks = tuple(
-            asyncio.create_task(Link(where, name=name, heartbeat_s=10).run(life))
-            for where, life in ((url, consuming), (publish_url or url, publishing))
+        desk = Desk(avatar, store, name, clock)
+        wanted = agreed(partitions, prefetch=prefetch)
+        kept = SqlBacklog(database)
+        lanes = Lanes(
+            Rules(default_avatar="a"),
+            desk=desk,
+            ledger=ledger,
+            backlog=Backlog(kept, window=prefetch),
+            settler=settler,
+            mark=outbox.mark,
+            clock=clock,
         )
-        station = Station(inbox, outbox, avatar, lanes, settler, consuming, publishing, tasks)
+        inbox = Inbox(lanes, ledger.raise_epoch, wanted=wanted, worker=name, clock=clock)
+        lanes.tenure_of = inbox.tenure_of
+        consuming, publishing = Life(inbox.session), Life(outbox.session)
+        links: list[tuple[str, Session_]] = [(url, consuming), (publish_url or url, publishing)]
+        if dead:
+            letters = DeadLetters(ledger=ledger, settler=settler, clock=clock)
+            links.append((url, DeadQueue(letters.take, clock).session))
+        tasks = tuple(
+            asyncio.create_task(work)
+            for work in (
+                *(Link(where, name=name, heartbeat_s=10).run(life) for where, life in links),
+                lanes.run(outbox.knock),
+            )
+        )
+        station = Station(inbox, outbox, avatar, lanes, ledger, kept, settler, consuming, publishing, tasks)
         try:
             await station.ready()
             yield station
         finally:
             await station.gone()
-            await store.close()
+            await database.close()
 
     return start
 

@@ -4,14 +4,16 @@ import asyncio
 
 import pytest
 from aio_pika.abc import AbstractConnection
+from aiormq.exceptions import ChannelInvalidStateError
 
 from schemas.routes import partition_queue
-from tests.integration.conftest import STORE, Start
-from tests.support.bus import Bus, connected
+from tests.integration.conftest import Start, agreed
+from tests.support.bus import Bus, connected, eventually
 from tests.support.proxy import proxied
-from worker.amqp.inbox import AmqpDelivery, Inbox
-from worker.amqp.topology import Record
-from worker.core.model import Entry, Misfit
+from worker.amqp.delivery import AmqpDelivery
+from worker.amqp.inbox import ChannelTenure, Inbox
+from worker.core.model import Entry, Marker, Misfit
+from worker.errors import LinkLost
 from worker.flow.clock import SteadyClock
 from worker.local.broker import OwnedBroker
 
@@ -47,6 +49,8 @@ async def test_nothing_is_lost_or_said_twice_while_the_connection_comes_and_goes
         assert "".join(piece.text for piece in station.avatar.said) == "".join(words)
         assert station.lives()[0] > 1
         await station.ready()
+        # What came again is told again, and acknowledged then.
+        await eventually(lambda: not station.lanes.is_served("c"))
         await station.settled()
         await station.gone()
         assert [await bus.left_in(partition_queue(number)) for number in (0, 1)] == [0, 0]
@@ -82,15 +86,28 @@ class Catcher:
     def offer(self, entry: Entry) -> None:
         self.entries.put_nowait(entry)
 
+    def hear(self, entry: Entry) -> None:
+        pass
+
+    def pass_through(self, marker: Marker) -> None:
+        raise AssertionError(marker)
+
     def reject(self, misfit: Misfit) -> None:
         raise AssertionError(misfit)
 
     def forget(self, is_gone: object) -> None:
         pass
 
+    async def leave(self, is_gone: object) -> None:
+        pass
+
+
+async def epochs(_partition: int) -> int:
+    return 1
+
 
 async def consume(connection: AbstractConnection, catcher: Catcher) -> tuple[Inbox, "asyncio.Task[None]"]:
-    inbox = Inbox(catcher, wanted=Record(1, STORE), worker="w", prefetch=10, clock=SteadyClock())
+    inbox = Inbox(catcher, epochs, wanted=agreed(1), worker="w", clock=SteadyClock())
     task = asyncio.create_task(inbox.session(connection))
     async with asyncio.timeout(10):
         await inbox.ready.wait()
@@ -109,6 +126,7 @@ async def test_a_delivery_that_is_no_longer_ours_is_stale(bus: Bus, amqp_url: st
         if loss == "gate":
             inbox.gate()
         elif loss == "channel":
+            assert delivery._channel is not None
             await delivery._channel.close()
         else:
             await other.connection.close()
@@ -116,6 +134,24 @@ async def test_a_delivery_that_is_no_longer_ours_is_stale(bus: Bus, amqp_url: st
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
     assert await bus.left_in(QUEUE) == 1
+
+
+async def test_a_partition_that_is_given_up_while_the_connection_goes_ends_the_session(
+    bus: Bus, amqp_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def lost(_: ChannelTenure) -> None:
+        raise ChannelInvalidStateError("the connection is gone")
+
+    catcher = Catcher()
+    async with connected(amqp_url) as other:
+        _, task = await consume(other.connection, catcher)
+        await bus.say("c", "t", "x")
+        entry = await asyncio.wait_for(catcher.entries.get(), 10)
+        assert isinstance(entry.delivery, AmqpDelivery)
+        monkeypatch.setattr(ChannelTenure, "close", lost)
+        entry.delivery.tenure.refused()
+        with pytest.raises(LinkLost, match="could not be joined again"):
+            await asyncio.wait_for(task, 10)
 
 
 async def test_a_delivery_is_acknowledged(bus: Bus, amqp_url: str) -> None:

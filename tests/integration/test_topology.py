@@ -10,7 +10,7 @@ from aio_pika.abc import AbstractConnection
 from pamqp.common import FieldTable
 
 from schemas.routes import partition_queue
-from tests.integration.conftest import STORE, Start
+from tests.integration.conftest import Start, agreed
 from tests.support.bus import Bus, connected
 from worker.amqp import topology
 from worker.amqp.topology import IN_MEMORY, Record
@@ -47,7 +47,7 @@ async def refusal(url: str, wanted: Record) -> str:
 @pytest.mark.parametrize("partitions", [1, 4])
 async def test_it_is_what_the_contract_says(bus: Bus, connection: AbstractConnection, partitions: int) -> None:
     """The broker refuses to declare anything again that differs."""
-    await topology.declare(connection, Record(partitions, STORE))
+    await topology.declare(connection, agreed(partitions))
     alternate: FieldTable = {"alternate-exchange": "avatar.dead"}
     async with connection.channel() as channel:
         await channel.declare_exchange("avatar.commands", "topic", durable=True, arguments=alternate)
@@ -63,14 +63,14 @@ async def test_it_is_what_the_contract_says(bus: Bus, connection: AbstractConnec
 async def test_nothing_of_it_is_for_one_connection_only(amqp_url: str, bus: Bus) -> None:
     for _ in range(2):
         async with await aio_pika.connect(amqp_url) as connection:
-            await topology.declare(connection, Record(2, STORE))
+            await topology.declare(connection, agreed(2))
     assert await bus.depth("avatar.topology") == 1
 
 
 async def test_every_command_lands_once_and_every_conversation_in_one_partition(
     bus: Bus, connection: AbstractConnection
 ) -> None:
-    await topology.declare(connection, Record(4, STORE))
+    await topology.declare(connection, agreed(4))
     for number in range(100):
         await bus.say(f"conversation-{number}", "t", "x")
     first = await depths(bus, 4)
@@ -82,7 +82,7 @@ async def test_every_command_lands_once_and_every_conversation_in_one_partition(
 
 
 async def test_an_interrupt_lands_once_behind_the_speech_it_follows(bus: Bus, connection: AbstractConnection) -> None:
-    await topology.declare(connection, Record(4, STORE))
+    await topology.declare(connection, agreed(4))
     express = await bus.channel.declare_queue(exclusive=True)
     await express.bind("avatar.interrupts")
     await bus.say("c", "t", "x")
@@ -94,7 +94,7 @@ async def test_an_interrupt_lands_once_behind_the_speech_it_follows(bus: Bus, co
 
 @pytest.mark.parametrize("exchange", ["avatar.commands", "avatar.interrupts"])
 async def test_what_cannot_be_routed_is_kept(bus: Bus, connection: AbstractConnection, exchange: str) -> None:
-    await topology.declare(connection, Record(1, STORE))
+    await topology.declare(connection, agreed(1))
     queue = await bus.channel.get_queue("avatar.commands.v1.p00")
     await queue.unbind("avatar.commands", "#")
     await bus.send("c", {"type": "interrupt"}, exchange=exchange)
@@ -104,7 +104,7 @@ async def test_what_cannot_be_routed_is_kept(bus: Bus, connection: AbstractConne
 async def test_workers_that_declare_at_once_agree(amqp_url: str, bus: Bus) -> None:
     async with AsyncExitStack() as stack:
         connections = [await stack.enter_async_context(await aio_pika.connect(amqp_url)) for _ in range(8)]
-        await asyncio.gather(*(topology.declare(connection, Record(8, STORE)) for connection in connections))
+        await asyncio.gather(*(topology.declare(connection, agreed(8)) for connection in connections))
     assert await bus.depth("avatar.topology") == 1
     for number in range(50):
         await bus.say(f"conversation-{number}", "t", "x")
@@ -115,44 +115,44 @@ async def test_of_workers_that_disagree_one_is_right(amqp_url: str, bus: Bus) ->
     async def declare(partitions: int) -> int | None:
         async with await aio_pika.connect(amqp_url) as connection:
             try:
-                await topology.declare(connection, Record(partitions, STORE))
+                await topology.declare(connection, agreed(partitions))
             except TopologyError:
                 return None
         return partitions
 
-    agreed = {number for number in await asyncio.gather(*map(declare, range(1, 7))) if number}
-    assert len(agreed) == 1
+    right = {number for number in await asyncio.gather(*map(declare, range(1, 7))) if number}
+    assert len(right) == 1
     async with await aio_pika.connect(amqp_url) as connection:
-        assert await topology._count_partitions(connection) in agreed
+        assert await topology._count_partitions(connection) in right
 
 
 async def test_another_number_of_partitions_is_refused_with_the_remedy(
     amqp_url: str, connection: AbstractConnection
 ) -> None:
-    await topology.declare(connection, Record(2, STORE))
-    text = await refusal(amqp_url, Record(3, STORE))
+    await topology.declare(connection, agreed(2))
+    text = await refusal(amqp_url, agreed(3))
     assert "PARTITIONS=2" in text
     assert "topology repartition 3" in text
-    await topology.declare(connection, Record(2, STORE))
+    await topology.declare(connection, agreed(2))
 
 
 async def test_another_store_is_refused(amqp_url: str, connection: AbstractConnection) -> None:
-    await topology.declare(connection, Record(1, STORE))
-    assert "STORE_URL" in await refusal(amqp_url, Record(1, "another store"))
-    assert "STORE_URL" in await refusal(amqp_url, Record(1, IN_MEMORY))
-    await topology.declare(connection, Record(1, STORE))
+    await topology.declare(connection, agreed(1))
+    assert "STORE_URL" in await refusal(amqp_url, agreed(1, "another store"))
+    assert "STORE_URL" in await refusal(amqp_url, agreed(1, IN_MEMORY))
+    await topology.declare(connection, agreed(1))
 
 
 async def test_a_store_in_memory_may_be_followed_by_any(amqp_url: str, connection: AbstractConnection) -> None:
-    await topology.declare(connection, Record(1, IN_MEMORY))
-    await topology.declare(connection, Record(1, IN_MEMORY))
-    await topology.declare(connection, Record(1, STORE))
-    assert "STORE_URL" in await refusal(amqp_url, Record(1, "another store"))
+    await topology.declare(connection, agreed(1, IN_MEMORY))
+    await topology.declare(connection, agreed(1, IN_MEMORY))
+    await topology.declare(connection, agreed(1))
+    assert "STORE_URL" in await refusal(amqp_url, agreed(1, "another store"))
 
 
 async def test_something_else_under_our_name_is_refused(amqp_url: str, bus: Bus) -> None:
     await bus.channel.declare_queue("avatar.parked", durable=True)
-    text = await refusal(amqp_url, Record(1, STORE))
+    text = await refusal(amqp_url, agreed(1))
     assert "avatar.parked" in text
     assert "delete" in text
 
@@ -161,17 +161,17 @@ async def test_something_else_under_our_name_is_refused(amqp_url: str, bus: Bus)
 async def test_a_record_of_somebody_else_is_refused(
     amqp_url: str, bus: Bus, connection: AbstractConnection, record: bytes
 ) -> None:
-    await topology.declare(connection, Record(1, STORE))
+    await topology.declare(connection, agreed(1))
     await (await bus.channel.get_queue("avatar.topology")).purge()
     await bus.publish(record, "avatar.topology", exchange="")
-    assert "avatar.topology" in await refusal(amqp_url, Record(1, STORE))
+    assert "avatar.topology" in await refusal(amqp_url, agreed(1))
 
 
 async def test_what_a_worker_left_half_done_is_finished(bus: Bus, connection: AbstractConnection) -> None:
-    await topology.declare(connection, Record(4, STORE))
+    await topology.declare(connection, agreed(4))
     await bus.channel.queue_delete("avatar.commands.v1.p03")
     await bus.channel.exchange_delete("avatar.interrupts")
-    await topology.declare(connection, Record(4, STORE))
+    await topology.declare(connection, agreed(4))
     for number in range(50):
         await bus.interrupt(f"conversation-{number}")
     assert sum(await depths(bus, 4)) == 50
@@ -181,7 +181,7 @@ async def test_it_waits_for_a_worker_that_is_declaring(amqp_url: str, connection
     async with await aio_pika.connect(amqp_url) as other:
         channel = await other.channel()
         await channel.declare_queue("avatar.topology.mutex", exclusive=True)
-        declaring = asyncio.create_task(topology.declare(connection, Record(1, STORE)))
+        declaring = asyncio.create_task(topology.declare(connection, agreed(1)))
         await asyncio.wait({declaring}, timeout=0.5)
         assert not declaring.done()
     await asyncio.wait_for(declaring, 10)
@@ -189,26 +189,26 @@ async def test_it_waits_for_a_worker_that_is_declaring(amqp_url: str, connection
 
 async def test_the_record_outlives_the_broker(owned_broker: OwnedBroker) -> None:
     async with await aio_pika.connect(owned_broker.url) as connection:
-        await topology.declare(connection, Record(2, STORE))
+        await topology.declare(connection, agreed(2))
     owned_broker.restart()
-    text = await refusal(owned_broker.url, Record(3, STORE))
+    text = await refusal(owned_broker.url, agreed(3))
     assert "PARTITIONS=2" in text
     async with await aio_pika.connect(owned_broker.url) as connection:
-        await topology.declare(connection, Record(2, STORE))
+        await topology.declare(connection, agreed(2))
 
 
 @pytest.mark.timeout(180)
 async def test_a_missing_plugin_is_named() -> None:
     with own_broker(plugins=()) as broker:
-        text = await refusal(broker.url, Record(2, STORE))
+        text = await refusal(broker.url, agreed(2))
         assert "rabbitmq-plugins enable rabbitmq_sharding" in text
         assert "PARTITIONS=1" in text
         async with await aio_pika.connect(broker.url) as connection:
-            await topology.declare(connection, Record(1, STORE))
+            await topology.declare(connection, agreed(1))
 
 
 async def test_a_worker_that_is_refused_stops_by_itself(start: Start, connection: AbstractConnection) -> None:
-    await topology.declare(connection, Record(1, "another store"))
+    await topology.declare(connection, agreed(1, "another store"))
     with pytest.raises(TopologyError, match="STORE_URL"):
         async with start():
             pass
@@ -216,6 +216,6 @@ async def test_a_worker_that_is_refused_stops_by_itself(start: Start, connection
 
 async def test_no_partition_more_than_two_digits_can_name(amqp_url: str) -> None:
     async with connected(amqp_url) as bus:
-        await topology.declare(bus.connection, Record(100, STORE))
-        await topology.declare(bus.connection, Record(100, STORE))
-        assert "PARTITIONS=100" in await refusal(amqp_url, Record(99, STORE))
+        await topology.declare(bus.connection, agreed(100))
+        await topology.declare(bus.connection, agreed(100))
+        assert "PARTITIONS=100" in await refusal(amqp_url, agreed(99))

@@ -2,10 +2,12 @@
 
 import itertools
 import os
-from collections.abc import AsyncIterator, Iterator
+from collections import deque
+from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, asynccontextmanager, contextmanager
 from functools import cache
 
+import aio_pika
 import aiohttp
 from docker.models.containers import Container
 from testcontainers.core.config import testcontainers_config
@@ -23,6 +25,8 @@ TEST_PLUGINS = (*PLUGINS, MANAGEMENT)
 
 _AMQP = "5672/tcp"
 _HTTP = "15672/tcp"
+_EXCHANGES = ("avatar.commands", "avatar.commands.v1.hash", "avatar.interrupts", "avatar.events", "avatar.dead")
+_QUEUES = ("avatar.parked", "avatar.dead", "avatar.topology", *(f"avatar.commands.v1.p{n:02}" for n in range(100)))
 
 # testcontainers' own reaper is one more image, and a container that holds the Docker socket; `Guard` does the same.
 testcontainers_config.ryuk_disabled = True
@@ -73,28 +77,51 @@ class Brokers:
 
 
 _names = (f"test-{number}" for number in itertools.count(1))
+_used: dict[Broker, deque[str]] = {}
+_LATER = 8
 
 
 @asynccontextmanager
-async def virtual_host(broker: Broker) -> AsyncIterator[str]:
-    """The address of a virtual host that is empty, and goes afterwards.
+async def empty(broker: Broker, also: Iterable[str] = ()) -> AsyncIterator[str]:
+    """The address of a virtual host of its own, or, on a broker that was named, of a wiped one.
 
-    RabbitMQ 3.10 cannot always declare a quorum queue at once whose name was just deleted; here no name comes twice.
+    RabbitMQ 3.10 does not survive that a queue with at-least-once dead-lettering is deleted while it chooses its
+    leader: `rabbit_fifo_dlx_sup` ends, and no such queue can be declared any more. So a virtual host goes some tests
+    later, and no name comes twice. `also`: queues to wipe besides those of the contract.
     """
+    if broker.management_url is None:
+        await _wipe(broker.url, also)
+        yield broker.url
+        return
     name = next(_names)
-    assert broker.management_url is not None
-    place = f"{broker.management_url}/vhosts/{name}"
     credentials = {"Authorization": aiohttp.encode_basic_auth("guest", "guest")}
     async with aiohttp.ClientSession(headers=credentials, raise_for_status=True) as http:
-        await http.put(place)
+        await http.put(f"{broker.management_url}/vhosts/{name}")
         yield f"{broker.url}{name}"
-        await http.delete(place)
+        used = _used.setdefault(broker, deque())
+        used.append(name)
+        while len(used) > _LATER:
+            await http.delete(f"{broker.management_url}/vhosts/{used.popleft()}")
+
+
+def restarted(broker: Broker) -> None:
+    """All queues choose their leaders anew: what was used so far stays for good."""
+    _used.pop(broker, None)
+
+
+async def _wipe(url: str, also: Iterable[str]) -> None:
+    connection = await aio_pika.connect(url)
+    async with connection, connection.channel() as channel:
+        for queue in (*_QUEUES, *also):
+            await channel.queue_delete(queue)
+        for exchange in _EXCHANGES:
+            await channel.exchange_delete(exchange)
 
 
 @contextmanager
 def rabbitmq4() -> Iterator[OwnedBroker]:
     """RabbitMQ 4 in a container of this test run."""
-    broker = _TestContainer()
+    broker = OwnContainer()
     try:
         broker.start()
         yield broker
@@ -102,7 +129,9 @@ def rabbitmq4() -> Iterator[OwnedBroker]:
         broker.remove()
 
 
-class _TestContainer(OwnedBroker):
+class OwnContainer(OwnedBroker):
+    """A container by testcontainers."""
+
     def __init__(self) -> None:
         port, management_port = free_port(), free_port()
         management_url = f"http://127.0.0.1:{management_port}/api"

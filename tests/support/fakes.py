@@ -2,15 +2,16 @@
 
 import asyncio
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
 
 from schemas.events import Event
-from worker.core.model import CallKind, CallResult, Piece, ReplyTo, Session, Viewer
+from worker.core.model import CallKind, CallResult, Entry, Misfit, Piece, ReplyTo, Session, Viewer
 from worker.core.verdict import Parked
 from worker.core.work import Open
-from worker.ports import Delivery, Held
+from worker.errors import LinkLost
+from worker.ports import Delivery, Ledger
 
 OK = CallResult(CallKind.OK, 200)
 DEADLINE_S = 5.0
@@ -44,12 +45,16 @@ class FakeClock:
 
 @dataclass
 class FakeApi:
-    """The Avatar API. `results` are used up one a call, by verb; `gates` hold back the answer of a verb until set."""
+    """The Avatar API. `results` are used up one a call, by verb; `gates` hold back the answer of a verb until set.
+
+    An interrupt may come beside another call; no say may begin beside an interrupt.
+    """
 
     results: dict[str, list[CallResult | Exception]] = field(default_factory=dict)
     gates: dict[str, asyncio.Event] = field(default_factory=dict)
     calls: list[tuple[str, str, str]] = field(default_factory=list)
     running: dict[str, int] = field(default_factory=dict)
+    interrupting: dict[str, int] = field(default_factory=dict)
     overlaps: int = 0
     _sessions: Iterator[int] = field(default_factory=lambda: count(1))
 
@@ -64,8 +69,12 @@ class FakeApi:
 
     async def _call(self, verb: str, session_id: str, text: str = "") -> CallResult:
         self.calls.append((verb, session_id, text))
-        self.overlaps += self.running.get(session_id, 0)
-        self.running[session_id] = self.running.get(session_id, 0) + 1
+        running = self.interrupting if verb == "interrupt" else self.running
+        if verb != "interrupt":
+            self.overlaps += running.get(session_id, 0)
+            if verb == "say":
+                self.overlaps += self.interrupting.get(session_id, 0)
+        running[session_id] = running.get(session_id, 0) + 1
         try:
             gate = self.gates.get(f"{verb} {text}") or self.gates.get(verb)
             if gate is not None:
@@ -73,7 +82,7 @@ class FakeApi:
             else:
                 await asyncio.sleep(0)
         finally:
-            self.running[session_id] -= 1
+            running[session_id] -= 1
         results = self.results.get(verb)
         result = results.pop(0) if results else OK
         if isinstance(result, Exception):
@@ -109,6 +118,7 @@ class FakeOutbox:
 
     log: list[tuple[str, Any]] = field(default_factory=list)
     gate: asyncio.Event | None = None
+    gone: set[int] = field(default_factory=set)
     failures: list[str] = field(default_factory=list)
 
     async def _do(self, what: str, detail: Any) -> None:
@@ -126,6 +136,10 @@ class FakeOutbox:
     async def park(self, delivery: Delivery, parked: Parked) -> None:
         await self._do("park", (delivery, parked.reason))
 
+    async def mark(self, conversation_id: str, old: int, new: int) -> bool:
+        await self._do("mark", (conversation_id, old, new))
+        return old not in self.gone
+
     async def answer(self, reply_to: ReplyTo, payload: Mapping[str, Any]) -> None:
         await self._do("answer", (reply_to.queue, dict(payload)))
 
@@ -141,83 +155,45 @@ class FakeOutbox:
 
 
 @dataclass(eq=False)
+class FakeTenure:
+    """One ownership of a partition. `refusals` counts how often it was told that it is over, `ended` when it is."""
+
+    ledger: Ledger | None = None
+    partition: int = 0
+    ended: bool = False
+    refusals: int = 0
+    raised: int | None = None
+    _asking: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    async def epoch(self) -> int:
+        assert self.ledger is not None
+        async with self._asking:
+            if self.raised is None:
+                self.raised = await self.ledger.raise_epoch(self.partition)
+        if self.ended:
+            raise LinkLost("the partition was given up")
+        return self.raised
+
+    def refused(self) -> None:
+        self.refusals += 1
+
+    def unpack(self, key: str, packed: str, remove: Callable[[], None]) -> Entry | Misfit:
+        raise NotImplementedError(f"{key}: a fake delivery cannot be kept")
+
+
+@dataclass(eq=False)
 class FakeDelivery:
     """The broker's side of a command, which notes its acknowledgement in the outbox's log."""
 
     outbox: FakeOutbox
     name: str = ""
-    origin: object = None
+    tenure: FakeTenure = field(default_factory=FakeTenure)
     settled: int = 0
 
     async def settle(self) -> bool:
         await asyncio.sleep(0)
+        if self.tenure.ended:
+            return False
         self.settled += 1
         self.outbox.log.append(("settle", self.name))
         return True
-
-
-@dataclass
-class FakeStore:
-    """A session store in a dict that can be out of reach. Several owners may share one."""
-
-    rows: dict[str, tuple[Held, str, float]] = field(default_factory=dict)
-    broken: bool = False
-    puts: int = 0
-
-    def _check(self) -> None:
-        if self.broken:
-            raise OSError("out of reach")
-
-    async def identity(self) -> str:
-        return "fake"
-
-    async def take(self, conversation_id: str, owner: str, until: float) -> Held | None:
-        await asyncio.sleep(0)
-        self._check()
-        if conversation_id not in self.rows:
-            return None
-        held, _, _ = self.rows[conversation_id]
-        self.rows[conversation_id] = (held, owner, until)
-        return held
-
-    async def put(self, held: Held, owner: str, until: float) -> None:
-        await asyncio.sleep(0)
-        self._check()
-        self.puts += 1
-        self.rows[held.conversation_id] = (held, owner, until)
-
-    async def renew(self, held: Mapping[str, Held], owner: str, until: float) -> set[str]:
-        await asyncio.sleep(0)
-        self._check()
-        lost = set()
-        for conversation_id, one in held.items():
-            row = self.rows.get(conversation_id)
-            if row is None or row[1] != owner or row[0].session.session_id != one.session.session_id:
-                lost.add(conversation_id)
-            else:
-                self.rows[conversation_id] = (replace(row[0], last_used=one.last_used), owner, until)
-        return lost
-
-    async def adopt(self, owner: str, now: float, until: float) -> list[Held]:
-        await asyncio.sleep(0)
-        self._check()
-        stale = [held for held, _, lease in self.rows.values() if lease < now]
-        for held in stale:
-            self.rows[held.conversation_id] = (held, owner, until)
-        return stale
-
-    async def remove(self, held: Held, owner: str) -> bool:
-        self._check()
-        row = self.rows.get(held.conversation_id)
-        if row is None or row[1] != owner or row[0].session.session_id != held.session.session_id:
-            return False
-        del self.rows[held.conversation_id]
-        return True
-
-    async def release(self, owner: str) -> None:
-        for conversation_id, (held, holder, _) in self.rows.items():
-            if holder == owner:
-                self.rows[conversation_id] = (held, owner, 0.0)
-
-    async def close(self) -> None:
-        pass

@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from urllib.parse import urlsplit
 
@@ -10,15 +10,22 @@ from worker.local.broker.base import free_port
 
 
 class Proxy:
-    """Passes on what comes, in both directions, until `cut`. `url` leads through it."""
+    """Passes on what comes, in both directions, until `cut`. `url` leads through it.
 
-    def __init__(self, url: str) -> None:
+    While not `passing` nothing goes through, and nobody is told: a black hole. `forged` is applied to what goes to the
+    broker; it must keep the length.
+    """
+
+    def __init__(self, url: str, forged: Callable[[bytes], bytes] = bytes) -> None:
         parts = urlsplit(url)
         assert parts.hostname is not None
         assert parts.port is not None
         self.port = free_port()
         self.url = url.replace(f"{parts.hostname}:{parts.port}", f"127.0.0.1:{self.port}")
         self._target = parts.hostname, parts.port
+        self.passing = asyncio.Event()
+        self.passing.set()
+        self._forged = forged
         self._writers: set[asyncio.StreamWriter] = set()
 
     def cut(self) -> None:
@@ -31,25 +38,27 @@ class Proxy:
         pair = {writer, back}
         self._writers |= pair
         try:
-            await asyncio.gather(_pass_on(reader, back), _pass_on(there, writer))
+            await asyncio.gather(self._pass_on(reader, back, self._forged), self._pass_on(there, writer))
         finally:
             self._writers -= pair
             for one in pair:
                 one.transport.abort()
 
-
-async def _pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    with contextlib.suppress(OSError):
-        while data := await reader.read(65536):
-            writer.write(data)
-            await writer.drain()
-        writer.transport.abort()
+    async def _pass_on(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, forged: Callable[[bytes], bytes] = bytes
+    ) -> None:
+        with contextlib.suppress(OSError):
+            while data := await reader.read(65536):
+                await self.passing.wait()
+                writer.write(forged(data))
+                await writer.drain()
+            writer.transport.abort()
 
 
 @asynccontextmanager
-async def proxied(url: str) -> AsyncIterator[Proxy]:
+async def proxied(url: str, forged: Callable[[bytes], bytes] = bytes) -> AsyncIterator[Proxy]:
     """A proxy to the broker at `url`."""
-    proxy = Proxy(url)
+    proxy = Proxy(url, forged)
     server = await asyncio.start_server(proxy.serve, "127.0.0.1", proxy.port)
     try:
         yield proxy

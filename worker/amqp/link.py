@@ -20,6 +20,7 @@ _log = structlog.stdlib.get_logger(__name__)
 CONNECT_TIMEOUT_S = 10.0
 FIRST_PAUSE_S = 0.2
 LONGEST_PAUSE_S = 10.0
+_AT_ONCE_S = 0.1
 
 LOSSES = (*CONNECTION_EXCEPTIONS, LinkLost, TimeoutError)
 """What it may mean that the broker went away: among them the RuntimeError of a channel that is closed already."""
@@ -128,6 +129,18 @@ def where(url: str) -> str:
     """Host, port and virtual host, without the password."""
     parts = urlsplit(url)
     return f"{parts.hostname}:{parts.port or 5672}{parts.path or '/'}"
+
+
+async def is_blocked(connection: AbstractConnection) -> bool:
+    """Whether the broker has said that it takes nothing for now, since it is short of memory or disk space.
+
+    aiormq keeps this to itself, but for what waits until it is over.
+    """
+    if connection.transport is None:
+        return False
+    waiting = asyncio.ensure_future(connection.transport.ready())
+    await asyncio.wait({waiting}, timeout=_AT_ONCE_S)
+    return waiting.cancel()
 
 
 async def _close(connection: AbstractConnection) -> None:

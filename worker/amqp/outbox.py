@@ -20,8 +20,9 @@ from aio_pika.exceptions import DeliveryError, PublishError
 from schemas import routes
 from schemas.events import CONTENT_TYPE, Event, encode
 from worker.amqp import topology
-from worker.amqp.inbox import AmqpDelivery
+from worker.amqp.delivery import AmqpDelivery
 from worker.amqp.link import LOSSES, named_losses
+from worker.amqp.notes import knock, marker
 from worker.amqp.parked import parked_copy
 from worker.core.model import ReplyTo
 from worker.core.verdict import Parked
@@ -142,6 +143,32 @@ class Outbox:
             await _publish(channel.default_exchange, message, reply_to.queue, mandatory=False)
         except LOSSES as error:
             _log.warning(logs.ANSWER_FAILED, error=type(error).__name__)
+
+    async def mark(self, conversation_id: str, old: int, new: int) -> bool:
+        """See `ports.Outbox`; until the broker has confirmed it."""
+        pause_s = RETRY_S
+        while True:
+            message = marker(conversation_id, new)
+            channel = await self._channel(parking=True)
+            try:
+                await _publish(channel.default_exchange, message, routes.partition_queue(old), mandatory=True)
+            except PublishError:
+                return False
+            except LOSSES:
+                pass
+            else:
+                return True
+            await asyncio.sleep(pause_s)
+            pause_s = min(pause_s * 2, LONGEST_RETRY_S)
+
+    async def knock(self, partition: int) -> None:
+        """Send a message that is no command to the partition, for its owner to learn that it is its owner."""
+        if not self.ready.is_set():
+            return
+        message = knock()
+        channel = await self._channel(parking=False)
+        with contextlib.suppress(*LOSSES):
+            await _publish(channel.default_exchange, message, routes.partition_queue(partition), mandatory=False)
 
     async def _channel(self, *, parking: bool) -> AbstractChannel:
         await self.ready.wait()

@@ -1,4 +1,4 @@
-"""The queue `avatar.parked`: copies of commands that were given up, with the reason in headers.
+"""What lies in `avatar.parked`: copies of commands that were given up, with the reason in headers.
 
 avatar-reason        the word it ended with, e.g. refused, not_json
 avatar-error         what was said about it, never a value of the command
@@ -6,20 +6,21 @@ avatar-attempts      calls of the API made for it
 avatar-first-at-ms   when it was first received, epoch milliseconds
 avatar-parked-at-ms  when it was given up
 avatar-exchange, avatar-routing-key    where it had been published
+avatar-ended         the type of the event it ended with, where the reason does not tell
+avatar-replay, avatar-replay-run       how often it was sent again, and with what, see `shelf`
 """
 
 import json
 import re
-from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 from aio_pika import DeliveryMode, Message
-from aio_pika.abc import AbstractConnection, HeadersType
+from aio_pika.abc import HeadersType
 from pamqp import encode
 
 from schemas import routes
-from worker.amqp.inbox import AmqpDelivery
-from worker.amqp.lenient import printable, readable
+from worker.amqp.delivery import AmqpDelivery
+from worker.amqp.lenient import readable
 from worker.core.verdict import Parked
 from worker.ops.logs import redacted
 
@@ -28,35 +29,29 @@ _VALUE_BYTES = 4096
 _HEADERS_BYTES = 65_536
 """Of the original headers in all: with ours they must fit into one frame (128 KiB), or the broker hangs up on us."""
 _TOKEN = re.compile(rb"""(["']?token["']?\s*[:=]\s*)("(?:[^"\\]|\\.)*"?|[^\s,}]+)""", re.DOTALL | re.IGNORECASE)
-_REDACTED = "[redacted]"
-
-
-@dataclass(frozen=True, slots=True)
-class ParkedCommand:
-    """One row of `parked list`. Times in epoch milliseconds."""
-
-    parked_at_ms: int
-    reason: str
-    error: str
-    routing_key: str
-    message_id: str
-    attempts: int
+REDACTED = "[redacted]"
 
 
 def parked_copy(delivery: AmqpDelivery, parked: Parked, now: float) -> Message:
     """The message as it is kept: as it came, but for tokens, which are taken out."""
     original, delivered = delivery.message, delivery.delivered
     properties = original.header.properties
+    found = properties.headers or {}
+    exchange = delivered.exchange or ""
+    if exchange == routes.DEAD:
+        exchange = str(found.get("x-first-death-exchange", exchange))
     headers: HeadersType = {
-        **_kept(properties.headers or {}),
+        **_kept(found),
         "avatar-reason": parked.reason,
         "avatar-error": redacted(parked.error),
         "avatar-attempts": parked.attempts,
         "avatar-first-at-ms": round(delivery.received * 1000),
         "avatar-parked-at-ms": round(now * 1000),
-        "avatar-exchange": _fit(delivered.exchange or ""),
+        "avatar-exchange": _fit(exchange),
         "avatar-routing-key": _fit(delivered.routing_key or ""),
     }
+    if parked.ended:
+        headers["avatar-ended"] = parked.ended
     return Message(
         without_token(bytes(original.body)),
         headers=headers,
@@ -77,34 +72,15 @@ def without_token(body: bytes) -> bytes:
         nonlocal tokens
         for name in found:
             if name.lower() == "token":
-                found[name] = _REDACTED
+                found[name] = REDACTED
                 tokens += 1
         return found
 
     try:
         document = json.loads(body, object_hook=redact)
     except (ValueError, RecursionError):
-        return _TOKEN.sub(rb'\1"' + _REDACTED.encode() + b'"', body)
+        return _TOKEN.sub(rb'\1"' + REDACTED.encode() + b'"', body)
     return json.dumps(document).encode() if tokens else body
-
-
-async def browse(connection: AbstractConnection, limit: int) -> AsyncIterator[ParkedCommand]:
-    """The oldest parked commands. They stay: closing the channel puts back what it was handed."""
-    async with connection.channel() as channel:
-        queue = await channel.get_queue(routes.PARKED)
-        for _ in range(limit):
-            message = await queue.get(fail=False)
-            if message is None:
-                return
-            headers = message.headers
-            yield ParkedCommand(
-                parked_at_ms=_number(headers.get("avatar-parked-at-ms")),
-                reason=str(headers.get("avatar-reason", "")),
-                error=str(headers.get("avatar-error", "")),
-                routing_key=printable(str(headers.get("avatar-routing-key", ""))),
-                message_id=printable(message.message_id or ""),
-                attempts=_number(headers.get("avatar-attempts")),
-            )
 
 
 def _kept(headers: Mapping[str, object]) -> HeadersType:
@@ -124,7 +100,3 @@ def _kept(headers: Mapping[str, object]) -> HeadersType:
 def _fit(text: str, limit: int = _SHORT_BYTES) -> str:
     """UTF-8, and at most that many bytes long, as AMQP's short strings demand."""
     return readable(text).encode()[:limit].decode(errors="ignore")
-
-
-def _number(value: object) -> int:
-    return value if isinstance(value, int) else 0

@@ -5,16 +5,18 @@
                                    └─ alternate ─▶ avatar.dead
 
 Which partition a conversation has depends on how many there are, so their number is the broker's, not a worker's: the
-first worker writes it down, with the id of the store that all workers must share, as the one message in the queue
-`avatar.topology`. A worker with other settings stops and says so.
+first worker writes it down, with the id of the store and the prefetch that all workers must share, as a message in the
+queue `avatar.topology`; of several the last one counts. A worker with other settings stops and says so.
 """
 
 import asyncio
+import contextlib
 import json
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import asdict, dataclass, replace
 
 from aio_pika import DeliveryMode, Message
-from aio_pika.abc import AbstractChannel, AbstractConnection
+from aio_pika.abc import AbstractChannel, AbstractConnection, AbstractIncomingMessage
 from aio_pika.exceptions import AMQPError, ChannelNotFoundEntity, ChannelPreconditionFailed
 from aiormq.exceptions import ChannelLockedResource
 from pamqp.common import FieldTable
@@ -30,6 +32,13 @@ IN_MEMORY = "memory"
 HASH = "avatar.commands.v1.hash"
 HASH_TYPE = "x-modulus-hash"
 RECORD = "avatar.topology"
+WORKERS = "avatar.workers"
+"""Fanout exchange over which workers tell each other that they have joined."""
+
+MOVING = (4, 0)
+"""The first RabbitMQ that gives a partition to whoever has the highest priority, also when it has an owner."""
+OLDEST = (3, 10)
+"""The oldest RabbitMQ that dead-letters at least once and lets a message expire in a quorum queue."""
 
 _MUTEX = "avatar.topology.mutex"
 _MUTEX_PAUSE_S = 0.1
@@ -40,9 +49,9 @@ _RECORD_TRIES = 30
 _DELIVERY_LIMIT = 1_000_000
 """A clean close of a channel adds a delivery to everything it held: a small limit dead-letters healthy commands."""
 
-_KEPT: FieldTable = {"x-queue-type": "quorum", "x-delivery-limit": _DELIVERY_LIMIT}
+KEPT: FieldTable = {"x-queue-type": "quorum", "x-delivery-limit": _DELIVERY_LIMIT}
 _PARTITION: FieldTable = {
-    **_KEPT,
+    **KEPT,
     "x-single-active-consumer": True,
     "x-dead-letter-exchange": routes.DEAD,
     "x-dead-letter-strategy": "at-least-once",
@@ -52,25 +61,46 @@ _PARTITION: FieldTable = {
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What all workers of a broker must agree on."""
+    """What all workers of a broker must agree on.
+
+    The prefetch is part of it since two owners that die in a row rotate the order when the second held fewer commands.
+    """
 
     partitions: int
     store_id: str
+    prefetch: int
+    was: int | None = None
+    """While a repartition is under way: how many partitions there were before."""
 
 
 async def declare(connection: AbstractConnection, wanted: Record) -> None:
     """Declare what is missing, and check that the broker agrees with `wanted`.
 
     Raises:
-        TopologyError: the broker has other partitions or another store, lacks the hash plugin, or has a queue or an
-            exchange of ours that was declared otherwise.
+        TopologyError: the broker is too old, has other partitions, another store or another prefetch, lacks the hash
+            plugin, or has a queue or an exchange of ours that was declared otherwise.
     """
+    demand_version(connection)
+    async with locked(connection) as channel:
+        compare(await _agree(connection, wanted), wanted)
+        with refusals():
+            await build(channel, wanted.partitions)
+
+
+@contextlib.asynccontextmanager
+async def locked(connection: AbstractConnection) -> AsyncIterator[AbstractChannel]:
+    """A channel under which nobody else changes the topology, or reads the record."""
+    async with connection.channel() as channel:
+        await _lock(channel)
+        yield channel
+        await channel.queue_delete(_MUTEX)
+
+
+@contextlib.contextmanager
+def refusals() -> Iterator[None]:
+    """Makes TopologyError of what the broker says where it has something else under our names, or lacks the plugin."""
     try:
-        async with connection.channel() as channel:
-            await _lock(channel)
-            _compare(await _agree(connection, wanted), wanted)
-            await _declare(channel, wanted.partitions)
-            await channel.queue_delete(_MUTEX)
+        yield
     except ChannelPreconditionFailed as error:
         text = f"the broker has a queue or an exchange of ours with other properties; delete it or mend it: {error}"
         raise TopologyError(text) from None
@@ -103,30 +133,49 @@ async def survey(connection: AbstractConnection, partitions: int) -> list[Row]:
 async def declare_outgoing(channel: AbstractChannel) -> None:
     """What events and parked copies are published to."""
     await channel.declare_exchange(routes.EVENTS, "topic", durable=True)
-    await channel.declare_queue(routes.PARKED, durable=True, arguments=_KEPT)
+    await channel.declare_queue(routes.PARKED, durable=True, arguments=KEPT)
 
 
-async def _declare(channel: AbstractChannel, partitions: int) -> None:
-    await declare_outgoing(channel)
-    dead_exchange = await channel.declare_exchange(routes.DEAD, "fanout", durable=True)
-    dead_queue = await channel.declare_queue(routes.DEAD, durable=True, arguments=_KEPT)
-    await dead_queue.bind(dead_exchange)
-    commands = await channel.declare_exchange(
-        routes.COMMANDS, "topic", durable=True, arguments={"alternate-exchange": routes.DEAD}
-    )
-    source = commands
-    if partitions > 1:
-        source = await channel.declare_exchange(HASH, HASH_TYPE, durable=True)
-    # In ascending order: the hash exchange numbers its queues as they were bound.
-    for partition in range(partitions):
-        name = routes.partition_queue(partition)
-        queue = await channel.declare_queue(name, durable=True, arguments=_PARTITION)
-        await queue.bind(source, routing_key="#" if source is commands else f"{partition:02d}")
-    # Last, so that nothing is hashed over half of the queues.
-    if source is not commands:
-        await source.bind(commands, routing_key="#")
-    interrupts = await channel.declare_exchange(routes.INTERRUPTS, "fanout", durable=True)
-    await commands.bind(interrupts)
+def exchanges(partitions: int) -> dict[str, tuple[str, FieldTable]]:
+    """Type and arguments of each exchange."""
+    several: dict[str, tuple[str, FieldTable]] = {HASH: (HASH_TYPE, {})} if partitions > 1 else {}
+    return {
+        routes.EVENTS: ("topic", {}),
+        routes.DEAD: ("fanout", {}),
+        routes.COMMANDS: ("topic", {"alternate-exchange": routes.DEAD}),
+        routes.INTERRUPTS: ("fanout", {}),
+        WORKERS: ("fanout", {}),
+        **several,
+    }
+
+
+def queues(partitions: int) -> dict[str, FieldTable]:
+    """The arguments of each queue."""
+    return {
+        routes.PARKED: KEPT,
+        routes.DEAD: KEPT,
+        **{routes.partition_queue(partition): _PARTITION for partition in range(partitions)},
+    }
+
+
+async def build(channel: AbstractChannel, partitions: int) -> None:
+    """Declare and bind what is not there."""
+    for name, (kind, arguments) in exchanges(partitions).items():
+        await channel.declare_exchange(name, kind, durable=True, arguments=arguments)
+    for name, arguments in queues(partitions).items():
+        await channel.declare_queue(name, durable=True, arguments=arguments)
+    underlay = await channel.get_underlay_channel()
+    bind, bind_exchange = underlay.queue_bind, underlay.exchange_bind
+    await bind(routes.DEAD, routes.DEAD, routes.DEAD)
+    if partitions == 1:
+        await bind(routes.partition_queue(0), routes.COMMANDS, "#")
+    else:
+        # In ascending order: the hash exchange numbers its queues as they were bound.
+        for partition in range(partitions):
+            await bind(routes.partition_queue(partition), HASH, f"{partition:02d}")
+        # Last, so that nothing is hashed over half of the queues.
+        await bind_exchange(HASH, routes.COMMANDS, "#")
+    await bind_exchange(routes.COMMANDS, routes.INTERRUPTS)
 
 
 async def _lock(channel: AbstractChannel) -> None:
@@ -145,33 +194,55 @@ async def _lock(channel: AbstractChannel) -> None:
 async def _agree(connection: AbstractConnection, wanted: Record) -> Record:
     """The record on the broker; `wanted` becomes it where there are no partitions yet to be of another mind."""
     async with connection.channel() as channel:
-        queue = await channel.declare_queue(RECORD, durable=True, arguments=_KEPT)
         there = await _count_partitions(connection)
-        found = await queue.get(fail=False)
-        tries = _RECORD_TRIES if there else 0
-        while found is None and tries:
-            tries -= 1
-            await asyncio.sleep(_RECORD_PAUSE_S)
-            found = await queue.get(fail=False)
-        record = Record(there or wanted.partitions, wanted.store_id)
-        if there and found is not None:
-            written = _read(found.body)
-            # A store in memory went with its worker: whoever comes next knows as much as it did.
-            record = replace(written, store_id=record.store_id) if written.store_id == IN_MEMORY else written
-        # Put back before it is taken: there is a record at any time, and twice the same does no harm.
-        message = Message(json.dumps(asdict(record)).encode(), delivery_mode=DeliveryMode.PERSISTENT)
-        await channel.default_exchange.publish(message, RECORD)
-        if found is not None:
-            await found.ack()
+        found = await records(channel, patient=bool(there))
+        record = replace(wanted, partitions=there or wanted.partitions)
+        if there and found:
+            record = read(found[-1], wanted)
+        await write(channel, record, found)
         return record
 
 
-def _read(body: bytes) -> Record:
+async def records(channel: AbstractChannel, *, patient: bool) -> list[AbstractIncomingMessage]:
+    """The records, taken but not yet acknowledged, oldest first: mostly one. Only under the mutex.
+
+    `patient`: there should be one.
+    """
+    queue = await channel.declare_queue(RECORD, durable=True, arguments=KEPT)
+    found: list[AbstractIncomingMessage] = []
+    tries = _RECORD_TRIES if patient else 0
+    while True:
+        message = await queue.get(fail=False)
+        if message is not None:
+            found.append(message)
+        elif found or not tries:
+            return found
+        else:
+            tries -= 1
+            await asyncio.sleep(_RECORD_PAUSE_S)
+
+
+async def write(channel: AbstractChannel, record: Record, instead_of: list[AbstractIncomingMessage]) -> None:
+    """Write the record down. Written before the old one is taken: there is a record at any time."""
+    message = Message(json.dumps(asdict(record)).encode(), delivery_mode=DeliveryMode.PERSISTENT)
+    await channel.default_exchange.publish(message, RECORD)
+    for one in instead_of:
+        await one.ack()
+
+
+def read(message: AbstractIncomingMessage, wanted: Record) -> Record:
+    """The record in a message; what an older version did not write down is as `wanted` has it.
+
+    Raises:
+        TopologyError: it is none.
+    """
     try:
-        return Record(**json.loads(body))
+        record = Record(**({"prefetch": wanted.prefetch} | json.loads(message.body)))
     except (ValueError, TypeError):
         text = f"the message in the queue {RECORD} is no record of this version; if it is nobody's, delete that queue"
         raise TopologyError(text) from None
+    # A store in memory went with its worker: whoever comes next knows as much as it did.
+    return replace(record, store_id=wanted.store_id) if record.store_id == IN_MEMORY else record
 
 
 async def _count_partitions(connection: AbstractConnection) -> int:
@@ -186,7 +257,47 @@ async def _count_partitions(connection: AbstractConnection) -> int:
     return routes.MAX_PARTITIONS
 
 
-def _compare(record: Record, wanted: Record) -> None:
+def version(connection: AbstractConnection) -> str:
+    """What the broker says it is, such as `3.10.8`."""
+    transport = connection.transport
+    assert transport is not None
+    said = transport.connection.server_properties.get("version", b"")
+    return said.decode(errors="replace") if isinstance(said, bytes) else str(said)
+
+
+def demand_version(connection: AbstractConnection) -> None:
+    """Refuse a broker that could lose commands.
+
+    Raises:
+        TopologyError: it is too old.
+    """
+    if not _is_at_least(connection, OLDEST):
+        oldest = ".".join(map(str, OLDEST))
+        raise TopologyError(f"AMQP_URL: the broker is RabbitMQ {version(connection)}; {oldest} or later is needed")
+
+
+def moves_partitions(connection: AbstractConnection) -> bool:
+    """Whether the broker gives a partition to whoever outranks its owner."""
+    return _is_at_least(connection, MOVING)
+
+
+def _is_at_least(connection: AbstractConnection, oldest: tuple[int, int]) -> bool:
+    """A broker that does not say what it is, is taken for a new one."""
+    numbers = tuple(int(number) for number in version(connection).split(".")[:2] if number.isdecimal())
+    return len(numbers) < len(oldest) or numbers >= oldest
+
+
+def compare(record: Record, wanted: Record) -> None:
+    """Demand that a worker with these settings may run.
+
+    Raises:
+        TopologyError: it may not; the text says what to set or to do.
+    """
+    if record.was is not None:
+        raise TopologyError(
+            f"a change from {record.was} to {record.partitions} partitions was begun and not finished: "
+            f"run `topology repartition {record.partitions}` again"
+        )
     if record.partitions != wanted.partitions:
         raise TopologyError(
             f"the broker has {record.partitions} partitions, PARTITIONS says {wanted.partitions}: "
@@ -198,4 +309,10 @@ def _compare(record: Record, wanted: Record) -> None:
             "the workers of this broker use another store than STORE_URL names; all must share one, since it knows the "
             "sessions: set STORE_URL to theirs. If that store is lost for good, delete the queue "
             f"{RECORD} while no worker runs: the next worker's store is then the one"
+        )
+    if record.prefetch != wanted.prefetch:
+        raise TopologyError(
+            f"the workers of this broker have PREFETCH={record.prefetch}, here it is {wanted.prefetch}; with different "
+            f"ones the order could be lost: set PREFETCH={record.prefetch}; to change it, stop all workers, let the "
+            f"queues run empty and use `topology repartition {record.partitions}` with the new PREFETCH"
         )

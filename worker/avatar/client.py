@@ -3,28 +3,26 @@
 Retrying is the lane's business, since only the lane knows what may come after what.
 """
 
+import base64
 import json
+import time
 from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from typing import Any, Self
 from urllib.parse import quote
 
 import aiohttp
 
 from worker.avatar import faults
+from worker.avatar.credentials import KsSource, NoKs
 from worker.core.model import CallKind, CallResult, Piece, Session, Viewer
 from worker.core.work import Open
 
+_RENEW_AHEAD_S = 300.0
+_LONGEST_LIFE_S = 10 * 365 * 86_400.0
 _IDLE_CONNECTION_S = 15.0
 """Shorter than common servers' own limit: a connection they close just as we use it costs us a lost answer."""
 _CONNECT_S = 5.0
 """A connection that does not come about is surely not taken, so there is no use in waiting long for it."""
-
-
-class KsSource(Protocol):
-    """Where the Kaltura Session comes from."""
-
-    def current(self) -> str:
-        """The Kaltura Session to use now."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +56,14 @@ class AvatarClient:
         await self._http.close()
 
     async def create(self, wanted: Open) -> tuple[CallResult, Session | None]:
-        """See `ports.AvatarApi`, here and below. A KS that is refused is read again, and if it changed, tried once."""
-        ks = self._ks.current()
-        result, session = await self._create(wanted, ks)
-        if result.kind is CallKind.DENIED and (fresh := self._ks.current()) != ks:
-            result, session = await self._create(wanted, fresh)
+        """See `ports.AvatarApi`, here and below. Where the KS is refused and there is another, that is tried once."""
+        try:
+            ks = await self._ks.current()
+            result, session = await self._create(wanted, ks)
+            if result.kind is CallKind.DENIED and (fresh := await self._ks.after(ks)) != ks:
+                result, session = await self._create(wanted, fresh)
+        except NoKs as none:
+            return none.result, None
         return result, session
 
     async def say(self, session: Session, piece: Piece) -> CallResult:
@@ -90,6 +91,11 @@ class AvatarClient:
         """End the session."""
         return (await self._on_session(session, "end", {}, self._api.timeout_s))[0]
 
+    async def knock(self) -> CallResult:
+        """Call create for nobody, who must be refused: shows that an Avatar API is there, and begins nothing."""
+        url = self._api.base_url + self._api.create_path
+        return (await self._post(url, None, {}, self._api.timeout_s, creating=True))[0]
+
     async def _create(self, wanted: Open, ks: str) -> tuple[CallResult, Session | None]:
         voice = {"id": wanted.voice_id, "speed": wanted.voice_speed}
         ours = {
@@ -101,10 +107,17 @@ class AvatarClient:
             del body["voiceConfig"]
         url = self._api.base_url + self._api.create_path
         result, document = await self._post(url, f"KS {ks}", body, self._api.create_timeout_s, creating=True)
+        # 403 may be about the avatar.
+        if result.kind is CallKind.OK or result.status == 401:
+            self._ks.note(ks, accepted=result.kind is CallKind.OK)
         match document:
             case {"sessionId": str(session_id), "token": str(token)} if result.kind is CallKind.OK:
                 avatar_id, voice_id, speed = wanted.avatar_id, wanted.voice_id, wanted.voice_speed
-                return result, Session(session_id, token, avatar_id, voice_id, speed)
+                renew_at, expires_at = life_of(token, time.time())
+                session = Session(
+                    session_id, token, avatar_id, voice_id, speed, renew_at=renew_at, expires_at=expires_at
+                )
+                return result, session
         return _incomplete(result, "sessionId and token"), None
 
     async def _on_session(
@@ -114,25 +127,36 @@ class AvatarClient:
         return await self._post(url, f"Bearer {session.token}", body, timeout_s, creating=False)
 
     async def _post(
-        self, url: str, authorization: str, body: dict[str, Any], timeout_s: float, *, creating: bool
+        self, url: str, authorization: str | None, body: dict[str, Any], timeout_s: float, *, creating: bool
     ) -> tuple[CallResult, Any]:
         timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=min(timeout_s, _CONNECT_S))
-        headers = {"Authorization": authorization}
+        headers = {"Authorization": authorization} if authorization else {}
         try:
             request = self._http.post(url, json=body, headers=headers, timeout=timeout, allow_redirects=False)
             async with request as answer:
-                document = _parsed(await answer.read())
+                document = faults.parsed(await answer.read())
                 retry_after = answer.headers.get("Retry-After")
-                return faults.of_answer(answer.status, document, retry_after, creating=creating), document
+                secret = (authorization or "").partition(" ")[2]
+                result = faults.of_answer(answer.status, document, retry_after, creating=creating, secret=secret)
+                return result, document
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             return faults.of_exception(error), None
 
 
-def _parsed(body: bytes) -> Any:
+def life_of(token: str, now: float) -> tuple[float | None, float | None]:
+    """When the token of a new session should be replaced, and when it expires: epoch seconds, None if it does not say.
+
+    A fifth of its life ahead, at most five minutes: time to end the session at the end of a turn. The signature is the
+    API's business.
+    """
     try:
-        return json.loads(body)
-    except (ValueError, RecursionError):
-        return None
+        payload = token.split(".")[1]
+        expires_at = float(json.loads(base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))["exp"])
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return None, None
+    if not now < expires_at < now + _LONGEST_LIFE_S:
+        return None, None
+    return expires_at - min(_RENEW_AHEAD_S, (expires_at - now) / 5), expires_at
 
 
 def _incomplete(result: CallResult, wanted: str) -> CallResult:

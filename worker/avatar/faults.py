@@ -4,11 +4,14 @@ Only what was surely not taken may be tried again freely; where nobody can know,
 """
 
 import email.utils
+import json
 import time
+from typing import Any
 
 import aiohttp
 
 from worker.core.model import CallKind, CallResult
+from worker.ops.logs import redacted
 
 _NOT_TAKEN = {408, 425, 429, 503}
 _UNKNOWN = {500, 502, 504}
@@ -17,13 +20,17 @@ _GONE = {401, 404, 410}
 _RETRY_AFTER_CAP_S = 60.0
 
 
-def of_answer(status: int, document: object, retry_after: str | None, *, creating: bool) -> CallResult:
+def of_answer(
+    status: int, document: object, retry_after: str | None, *, creating: bool, secret: str = ""
+) -> CallResult:
     """The result of a call that was answered. `document` is the parsed body, None where it is not JSON.
 
     `creating`: the call was authorised by the Kaltura Session, so that 401 and 403 speak of it; elsewhere they speak of
-    the avatar session, and an end of it may be told as 401, 404 or 410.
+    the avatar session, and an end of it may be told as 401, 404 or 410. The `secret` that was sent is taken out of what
+    the vendor says.
     """
     error = _error(document)
+    error = redacted(error.replace(secret, "[redacted]") if secret else error)[:200]
     if 200 <= status < 300:
         if isinstance(document, dict) and document.get("success") is True:
             return CallResult(CallKind.OK, status)
@@ -43,6 +50,14 @@ def of_answer(status: int, document: object, retry_after: str | None, *, creatin
     return CallResult(kind, status, _seconds(retry_after), error or f"HTTP {status}")
 
 
+def parsed(body: bytes) -> Any:
+    """The body of an answer; None where it is not JSON."""
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+
+
 def of_exception(error: Exception) -> CallResult:
     """The result of a call that was not answered. No connection: nothing was sent. Anything later: nobody can know."""
     if isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError):
@@ -51,15 +66,15 @@ def of_exception(error: Exception) -> CallResult:
 
 
 def _error(document: object) -> str:
-    """The vendor's own words, short; never what we sent."""
+    """The vendor's own words."""
     if not isinstance(document, dict):
         return ""
     if document.get("objectType") == "KalturaAPIException":
-        return f"{document.get('code', '')}: {document.get('message', '')}"[:200]
+        return f"{document.get('code', '')}: {document.get('message', '')}"
     error = document.get("error")
     if isinstance(error, dict):
         error = error.get("message")
-    return str(error)[:200] if error is not None else ""
+    return str(error) if error is not None else ""
 
 
 def _seconds(retry_after: str | None) -> float | None:

@@ -1,36 +1,47 @@
 """The book of one conversation: what waits, how what waited has ended, and what is to be told of it."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from itertools import takewhile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 
-from schemas.commands import Speak
+from schemas.commands import Interrupt, Speak
 from worker.core import verdict
 from worker.core.memory import Ended, Memory
-from worker.core.model import Entry, Session, speak_of
+from worker.core.model import Entry, Session
 from worker.core.verdict import Conclusion
+
+
+@dataclass(slots=True)
+class _Run:
+    """What `Book.run` has found so far: nothing but what is added later can change it, until something leaves."""
+
+    turn_id: str
+    chunks: list[Entry] = field(default_factory=list)
+    seen: set[str] = field(default_factory=set)
+    looked: int = 0
+    followed: bool = False
 
 
 class Book:
     """Entries come in by `add`, in queue order, and go out by `end`, exactly once each; `take` hands over what to tell.
 
-    An entry whose `message_id` has ended before is *known*: `repeat` ends it with the event that told it then.
+    An entry whose command has ended before is *known*: `repeat` ends it with the event that told it then.
     """
 
     def __init__(self, conversation_id: str, memory: Memory) -> None:
         self.conversation_id = conversation_id
         self.memory = memory
         self._queue: deque[Entry] = deque()
-        self._out: list[Conclusion] = []
+        self._numbered: dict[tuple[str, int], str] = {}
+        self._run: _Run | None = None
+        # Whoever served the conversation before may not have come to it.
+        self._out = [Conclusion(event) for event in memory.state.untold]
 
     def __len__(self) -> int:
         return len(self._queue)
 
     def __iter__(self) -> Iterator[Entry]:
         return iter(self._queue)
-
-    def __contains__(self, entry: Entry) -> bool:
-        return entry in self._queue
 
     @property
     def head(self) -> Entry:
@@ -40,14 +51,16 @@ class Book:
     def add(self, entry: Entry) -> None:
         """Queue an entry behind all others."""
         self._queue.append(entry)
+        if isinstance(entry.command, Speak) and entry.command.seq is not None:
+            self._numbered.setdefault((entry.command.turn_id, entry.command.seq), entry.key)
 
-    def drop(self, unwanted: Callable[[Entry], bool]) -> None:
-        """Take entries out as if they had never come: they will come again."""
-        self._queue = deque(entry for entry in self._queue if not unwanted(entry))
+    def numbered(self, turn_id: str, seq: int) -> str | None:
+        """The key of the chunk that waits under this number of its turn."""
+        return self._numbered.get((turn_id, seq))
 
     def known(self, entry: Entry) -> bool:
-        """Whether a command with this id has ended."""
-        return entry.message_id is not None and entry.message_id in self.memory.ended
+        """Whether a command with this id has ended, in this life of it."""
+        return entry.known_as in self.memory.ended
 
     def chunks(self) -> Iterator[Entry]:
         """All speech that waits, each command once: of two deliveries under one id the first counts."""
@@ -57,34 +70,64 @@ class Book:
                 yield entry
             seen.add(entry.key)
 
-    def run(self, turn_id: str) -> list[Entry]:
-        """The chunks of that turn at the head of the queue, up to the first entry that is anything else."""
-        waiting = zip(self._queue, self.chunks(), strict=False)
-        same = takewhile(lambda pair: pair[0] is pair[1] and speak_of(pair[0]).turn_id == turn_id, waiting)
-        return [entry for entry, _ in same]
+    def run(self, turn_id: str) -> tuple[Sequence[Entry], bool]:
+        """The chunks of that turn at the head of the queue, and whether any other command stands behind them.
+
+        Repeats are not for speech, and interrupts end by themselves: neither parts what belongs together.
+        """
+        if self._run is None or self._run.turn_id != turn_id:
+            self._run = _Run(turn_id)
+        run = self._run
+        # Looked through once: a turn comes in hundreds of chunks, and each of them asks.
+        while not run.followed and run.looked < len(self._queue):
+            entry = self._queue[run.looked]
+            if isinstance(entry.command, Interrupt) or entry.key in run.seen or self.known(entry):
+                pass
+            elif isinstance(entry.command, Speak) and entry.command.turn_id == turn_id:
+                run.chunks.append(entry)
+                run.seen.add(entry.key)
+            else:
+                run.followed = True
+            run.looked += 1
+        return run.chunks, run.followed
 
     def tell(self, conclusion: Conclusion) -> None:
-        """Something happened with which no entry ends."""
+        """Something happened with which no entry ends; the next one that does repeats it, should it come again."""
         self._out.append(conclusion)
+        self.memory.update(untold=(*self.memory.state.untold, *conclusion.events))
 
     def end(self, conclusions: Iterable[Conclusion], now: float) -> None:
         """The entries of these conclusions end; their ids are remembered."""
         for conclusion in conclusions:
+            if not conclusion.entries:
+                self.tell(conclusion)
+                continue
             self._out.append(conclusion)
+            before = (*self.memory.state.untold, *conclusion.before)
+            if self.memory.state.untold:
+                self.memory.update(untold=())
             for entry in conclusion.entries:
                 assert isinstance(entry, Entry)
                 self._leave(entry)
-                if entry.message_id is not None:
-                    assert conclusion.event is not None
-                    self.memory.ended[entry.message_id] = Ended(entry.fingerprint, conclusion.event, now)
+                if isinstance(entry.command, Speak) and entry.command.seq is not None:
+                    self.memory.note_number(entry.command.turn_id, entry.command.seq)
+                if entry.known_as is not None:
+                    ended = Ended(entry.fingerprint, conclusion.event, now, before, conclusion.after)
+                    self.memory.end(entry.known_as, ended)
+
+    def leave(self, entry: Entry) -> None:
+        """End a known entry silently: how its command ended was told a moment ago."""
+        assert entry.known_as is not None
+        self._leave(entry)
+        self._out.append(Conclusion(self.memory.ended[entry.known_as].event, (entry,), told=True))
 
     def repeat(self, entry: Entry, session: Session | None) -> None:
         """End a known entry: as its command ended, or as rejected if the body is another one."""
-        assert entry.message_id is not None
-        ended = self.memory.ended[entry.message_id]
+        assert entry.known_as is not None
+        ended = self.memory.ended[entry.known_as]
         self._leave(entry)
         if ended.fingerprint == entry.fingerprint:
-            self._out.append(verdict.repeated(ended.event, entry, session))
+            self._out.append(verdict.repeated(ended, entry, session))
         else:
             self._out.append(verdict.message_id_reused(self.conversation_id, entry))
 
@@ -94,8 +137,13 @@ class Book:
         return out
 
     def _leave(self, entry: Entry) -> None:
+        self._run = None
         if self._queue[0] is entry:
             self._queue.popleft()
         else:
             self._queue.remove(entry)
-        self.memory.spoken.pop(entry.key, None)
+        if isinstance(entry.command, Speak) and entry.command.seq is not None:
+            number = entry.command.turn_id, entry.command.seq
+            if self._numbered.get(number) == entry.key:
+                del self._numbered[number]
+        self.memory.speak_up_to(entry.key, None)

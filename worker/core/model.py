@@ -1,9 +1,11 @@
 """What a lane holds and hands out: entries, pieces, sessions, and what the Avatar API made of a call."""
 
+import math
 from dataclasses import dataclass, field
 from enum import StrEnum
 
 from schemas.commands import Command, Malformed, Speak
+from worker.core.shaping import shaper
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +22,9 @@ class Entry:
     """One delivered command. Two entries are the same only if they are the same delivery.
 
     `key` names the command in event ids: its `message_id`, or something random where it has none. `born` is where its
-    age counts from. `delivery` is the broker's side of it, which the core only passes on.
+    age counts from. `delivery` is the broker's side of it, which the core only passes on. A command that an operator
+    sends again leads another life: its key is another, and `replay` names what it was sent again with. `express`: the
+    copy of an interrupt that overtakes; it is not queued.
     """
 
     command: Command
@@ -32,6 +36,25 @@ class Entry:
     redelivered: bool = False
     traceparent: str | None = None
     reply_to: ReplyTo | None = None
+    replay: str = ""
+    express: bool = False
+
+    @property
+    def known_as(self) -> str | None:
+        """What its end is remembered by; None: it has no id, and nobody would know it again."""
+        return self.key if self.message_id is not None else None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Marker:
+    """What was sent through the old partition of a conversation whose commands come from partition `to` now.
+
+    No command: no event tells of it, and it is never parked.
+    """
+
+    conversation_id: str
+    to: int
+    delivery: object
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -59,12 +82,19 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What one `say-text` carries: text of one turn, from one chunk or several."""
+    """What one `say-text` carries: text of one turn, from one chunk or several.
+
+    `shapes`: what the next piece of the turn depends on. `auto_final`: no chunk said that it is the last. `name`: what
+    it is called by where it has no chunk at all.
+    """
 
     turn_id: str
     text: str
     is_final: bool
     parts: tuple[Part, ...]
+    shapes: shaper.State | None = None
+    auto_final: bool = False
+    name: str = ""
 
     @property
     def ending(self) -> tuple[Entry, ...]:
@@ -74,12 +104,12 @@ class Piece:
     @property
     def key(self) -> str:
         """The same whenever the same piece is told of again."""
-        return f"{self.parts[0].entry.key}\n{self.parts[0].start}"
+        return f"{self.parts[0].entry.key}\n{self.parts[0].start}" if self.parts else f"{self.turn_id}\n{self.name}"
 
     @property
     def born(self) -> float:
-        """The age of a piece is that of its oldest chunk."""
-        return min(part.entry.born for part in self.parts)
+        """The age of a piece is that of its oldest chunk; without any it has none."""
+        return min((part.entry.born for part in self.parts), default=math.inf)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +122,10 @@ class Viewer:
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """An avatar session of a conversation. `attached`: somebody else created it, nobody knows with which avatar."""
+    """An avatar session of a conversation. `attached`: somebody else created it, nobody knows with which avatar.
+
+    Its token is good until `expires_at`, epoch seconds; from `renew_at` on, another session is wanted. None: unknown.
+    """
 
     session_id: str
     token: str = field(repr=False)
@@ -101,6 +134,8 @@ class Session:
     voice_speed: float | None = None
     attached: bool = False
     viewer: Viewer | None = field(default=None, repr=False)
+    renew_at: float | None = None
+    expires_at: float | None = None
 
 
 class CallKind(StrEnum):
@@ -117,18 +152,24 @@ class CallKind(StrEnum):
     """The credentials were refused."""
     GONE = "gone"
     """The session does not exist any more."""
+    FULL = "full"
+    """Nothing was called: the fleet has as many sessions as it may have."""
     STALE = "stale"
     """Nothing was called: the session had ended meanwhile."""
 
 
 @dataclass(frozen=True, slots=True)
 class CallResult:
-    """The outcome of one call: `status` is the HTTP status (None: no answer), `retry_after_s` the server's wish."""
+    """The outcome of one call: `status` is the HTTP status (None: no answer), `retry_after_s` the server's wish.
+
+    `local`: the trouble is this session's own, and says nothing about the API.
+    """
 
     kind: CallKind
     status: int | None = None
     retry_after_s: float | None = None
     error: str = ""
+    local: bool = False
 
 
 def speak_of(entry: Entry) -> Speak:

@@ -1,66 +1,138 @@
-"""From chunks to pieces: what the next `say-text` carries."""
+"""From chunks to pieces: what the next `say-text` carries, and which characters of which chunk that is.
 
-import unicodedata
+With `SPEECH_SHAPING=sentences` a turn is shaped (`shaping.shaper`) as its chunks come. What was decided is kept while
+the chunks stay; otherwise, in another worker too, it is decided again from what the memory keeps, and comes out the
+same. With `off` a chunk is a piece, as it is, but for the cap.
+"""
+
+from collections import deque
 from collections.abc import Sequence
 
+from worker.core.memory import Memory
 from worker.core.model import Entry, Part, Piece, speak_of
+from worker.core.shaping.shaper import NEW_TURN, Shaper, Shaping, State, split
+from worker.core.shaping.shaper import Piece as Shaped
+from worker.core.work import Rules
 
-CAP = 1000
-"""Characters a call may carry: the vendor's advice; no limit of the server is documented."""
-
-
-def compose(entries: Sequence[Entry], spoken: int, cap: int = CAP) -> Piece:
-    """Join chunks of one turn into one piece of at most `cap` characters; blank if they are.
-
-    `spoken` characters of the first chunk have left in earlier pieces. Takes whole chunks as long as they fit; only
-    a chunk that exceeds the cap by itself is split, and white space around the cuts is left out: it is not speech.
-    """
-    first = speak_of(entries[0])
-    if len(first.text) - spoken > cap:
-        return _first_piece_of(entries[0], spoken, cap)
-    texts: list[str] = []
-    parts: list[Part] = []
-    length = 0
-    for entry in entries:
-        text = speak_of(entry).text
-        start = 0 if parts else spoken
-        if length + len(text) - start > cap:
-            break
-        texts.append(text[start:])
-        parts.append(Part(entry, start, len(text), last=True))
-        length += len(text) - start
-    return Piece(first.turn_id, "".join(texts), speak_of(parts[-1].entry).is_final, tuple(parts))
+SLICE = 1000
+"""Characters read at once: a long chunk does not hold up other conversations."""
 
 
-def _first_piece_of(entry: Entry, spoken: int, cap: int) -> Piece:
+class Pieces:
+    """The pieces of the turn at the head of the book, one at a time."""
+
+    def __init__(self, memory: Memory, rules: Rules) -> None:
+        self._memory = memory
+        self._rules = rules
+        self._draft: _Draft | None = None
+
+    def next(self, run: Sequence[Entry], now: float, *, ends: bool, closes: bool) -> Piece | float | None:
+        """The next piece of these chunks of one turn; its text is empty where there is nothing to say.
+
+        `ends`: nothing can join them any more; `closes`: nor comes anything later. Returns until when to wait for more
+        text where a piece is not decided yet; None: however long it takes.
+        """
+        if self._rules.shaping == "off":
+            return _untouched(run[0], self._memory.spoken.get(run[0].key, 0), self._rules.speech.cutting.cap)
+        draft = self._draft
+        turn_id = speak_of(run[0]).turn_id
+        if draft is None or not draft.goes_on_with(run, self._memory.shapes.get(turn_id, NEW_TURN)):
+            draft = self._draft = _Draft(turn_id, self._memory, self._rules.speech, now)
+        draft.read(run, now, ends=ends)
+        if not draft.decided:
+            due = draft.stall(now, self._rules.stall_first_s, self._rules.stall_s)
+            if not draft.decided:
+                return due
+        return draft.take(closes=closes)
+
+
+class _Draft:
+    """A turn that is being shaped, from what was said of it on."""
+
+    def __init__(self, turn_id: str, memory: Memory, shaping: Shaping, now: float) -> None:
+        self.decided: deque[Shaped] = deque()
+        self._turn_id = turn_id
+        self._spoken = memory.spoken
+        self._state = memory.shapes.get(turn_id, NEW_TURN)
+        self._shaper = Shaper(shaping, self._state)
+        self._cap = shaping.cutting.cap
+        self._chunks: deque[tuple[Entry, int, int]] = deque()  # where in the turn it begins and ends
+        self._unread: deque[str] = deque()
+        self._read = self._state.offset
+        self._since = now
+        self._ended = False
+
+    def goes_on_with(self, run: Sequence[Entry], state: State) -> bool:
+        """Whether these chunks are those it has, or more where more may come, and all it has decided was said."""
+        if speak_of(run[0]).turn_id != self._turn_id or state != self._state:
+            return False
+        same = all(one is entry for (one, _, _), entry in zip(self._chunks, run, strict=False))
+        return same and (len(run) == len(self._chunks) if self._ended else len(run) >= len(self._chunks))
+
+    def read(self, run: Sequence[Entry], now: float, *, ends: bool) -> None:
+        """Take in the chunks that are new, and read on until a piece is decided: no more, however much there is."""
+        for entry in run[len(self._chunks) :]:
+            text, spoken = speak_of(entry).text, self._spoken.get(entry.key, 0)
+            self._unread += (text[at : at + SLICE] for at in range(spoken, len(text), SLICE))
+            begin = self._read - spoken
+            self._read = begin + len(text)
+            self._chunks.append((entry, begin, self._read))
+        while self._unread and not self.decided:
+            waiting = self._shaper.waiting if self._shaper.pending else -1
+            self.decided += self._shaper.push(self._unread.popleft())
+            if self.decided or self._shaper.waiting > waiting:
+                self._since = now
+        if ends and not (self._unread or self._ended):
+            self._ended = True
+            self.decided += self._shaper.finish()
+            self._join_last()
+
+    def stall(self, now: float, first_s: float, later_s: float) -> float | None:
+        """Decide what is due because nothing to say came for so long. Returns when the next is due, if any is."""
+        while self._shaper.pending:
+            due = self._since + (later_s if self._shaper.begun else first_s)
+            if now < due:
+                return due
+            self._since = now
+            self.decided += self._shaper.stall()
+            if self.decided:
+                break
+        return None
+
+    def take(self, *, closes: bool) -> Piece:
+        """The next decided piece leaves."""
+        shaped = self.decided.popleft()
+        self._state = shaped.state
+        last = self._ended and not self.decided
+        parts: list[Part] = []
+        while self._chunks:
+            entry, begin, end = self._chunks[0]
+            if begin >= shaped.end and not last:
+                break
+            whole = end <= shaped.end
+            parts.append(Part(entry, max(shaped.start - begin, 0), min(shaped.end, end) - begin, whole))
+            if not whole:
+                break
+            self._chunks.popleft()
+        text = shaped.text if shaped.speakable else ""
+        return Piece(self._turn_id, text, closes and last, tuple(parts), shapes=shaped.state)
+
+    def _join_last(self) -> None:
+        """What has no word goes with the piece before it; there is always a last piece."""
+        if not self.decided:
+            self.decided.append(Shaped("", self._read, self._read, self._state))
+        last = self.decided[-1]
+        if not last.speakable and len(self.decided) > 1:
+            self.decided.pop()
+            before = self.decided.pop()
+            text = before.text + last.text if len(before.text + last.text) <= self._cap else before.text
+            self.decided.append(Shaped(text, before.start, last.end, last.state))
+
+
+def _untouched(entry: Entry, spoken: int, cap: int) -> Piece:
     speak = speak_of(entry)
-    text = speak.text[spoken:]
-    start = spoken + len(text) - len(text.lstrip())
-    text = text.lstrip()
-    if len(text.rstrip()) <= cap:
-        text, end, last = text.rstrip(), len(speak.text), True
-    else:
-        cut = best_cut(text, cap)
-        text, end, last = text[:cut], start + cut, False
-    return Piece(speak.turn_id, text, speak.is_final and last, (Part(entry, start, end, last),))
-
-
-def best_cut(text: str, cap: int) -> int:
-    """Where to cut a text longer than `cap`: after the last white space, else where no character is torn apart."""
-    for at in range(cap, cap // 2, -1):
-        if text[at - 1].isspace():
-            return at
-    at = cap
-    while at > 1 and _clings(text[at - 1], text[at]):
-        at -= 1
-    return at if at > 1 else cap
-
-
-def _clings(before: str, after: str) -> bool:
-    """Whether `after` continues the character a reader sees in `before`: marks, joiners, skin tones, flags."""
-    return (
-        unicodedata.category(after) in ("Mn", "Me", "Mc", "Cf")
-        or before == "\u200d"
-        or "\U0001f3fb" <= after <= "\U0001f3ff"
-        or ("\U0001f1e6" <= before <= "\U0001f1ff" and "\U0001f1e6" <= after <= "\U0001f1ff")
-    )
+    rest = speak.text[spoken:]
+    text = split(rest, cap)[0]
+    last = len(text) == len(rest)
+    part = Part(entry, spoken, spoken + len(text), last)
+    return Piece(speak.turn_id, text if text.strip() else "", speak.is_final and last, (part,))

@@ -17,26 +17,16 @@ def delay_s(attempts: int, jitter: float, retry_after_s: float | None = None) ->
 
 @dataclass(slots=True)
 class Attempts:
-    """The calls made for the work at hand, and when the next one may be made. Times are epoch seconds.
-
-    A call whose answer was lost counts as running until `busy_until`, whatever becomes of the work it was made for.
-    """
+    """The calls made for the work at hand, and when the next one may be made. Times are epoch seconds."""
 
     count: int = 0
     first: float = 0.0
-    begun: float = 0.0
     not_before: float = 0.0
-    busy_until: float = 0.0
 
     def begin(self, now: float) -> None:
         """A call starts."""
         self.first = self.first if self.count else now
-        self.begun = now
         self.count += 1
-
-    def lost(self, ambiguous_wait_s: float) -> None:
-        """The answer of the last call was lost."""
-        self.busy_until = self.begun + ambiguous_wait_s
 
     def again(self, now: float, jitter: float, retry_after_s: float | None = None) -> None:
         """Try again after a pause."""

@@ -1,4 +1,9 @@
-"""The avatar session of one conversation: when to open, replace and end it, and who is told.
+"""The avatar session of one conversation: when to open, replace, renew and end it, and who is told.
+
+    no session ── speech, session.start ──▶ Open ── OK ──▶ ready ── another avatar, session.end,
+        ▲                                    │                │      token about to expire ──▶ Close ──┐
+        │◀── failed, after SESSION_WAIT_S ◀──┘                └── GONE ──▶ lost: another of its kind   │
+        └◀─────────────────────────────────────────────────────────────────────────────────────────────┘
 
 `session` is what the lane's owner last knew; a call that finds it gone says so (`GONE`, `STALE`) and it is forgotten.
 """
@@ -14,6 +19,10 @@ from worker.core.retry import Attempts
 from worker.core.speech import Speech
 from worker.core.work import Attach, Call, Close, InitClient, Open, Rules, Wait
 
+MAX_LOSSES = 2
+"""Sessions that may be lost in a row before anything was said on them: a third would be lost, too."""
+PLAYBACK_MARGIN_S = 2.0
+"""Before its token expires a session must be ended, whatever is still to be heard: later nobody can end it."""
 END_ATTEMPTS = 3
 """Calls of `/end` before a session is given up: the API's own idle time-out ends it then."""
 
@@ -25,6 +34,9 @@ class SessionPlan:
 
     def __init__(self, book: Book, rules: Rules, attempts: Attempts, speech: Speech) -> None:
         self.session: Session | None = None
+        self.lost: Session | None = None
+        """One that had to be given up; the next is of its kind."""
+        self._losses = 0
         self._book = book
         self._rules = rules
         self._attempts = attempts
@@ -35,16 +47,44 @@ class SessionPlan:
 
     def plan_for_speech(self, now: float) -> Call | None:
         """A session for the piece under way."""
-        return self._open(self._rules.default_avatar, self._rules.default_voice, None, now)
+        return self._open_again() or self._open(self._rules.default_avatar, self._rules.default_voice, None, now)
+
+    def plan_renewal(self, now: float) -> Call | Wait | None:
+        """Between two turns: replace the session whose token is about to expire, while it can still be ended."""
+        session = self.session
+        if session is None:
+            return self._open_again() if self._retiring is EndReason.REPLACED and not len(self._book) else None
+        if session.attached or session.renew_at is None or now < session.renew_at or self._speech.in_a_turn:
+            return None
+        wait = self._close(EndReason.REPLACED, now)
+        if isinstance(wait, Wait) and session.expires_at is not None:
+            until = min(wait.until, session.expires_at - PLAYBACK_MARGIN_S)
+            return Wait(until) if until > now else self._closing(EndReason.REPLACED)
+        return wait
+
+    def _open_again(self) -> Open | None:
+        """Another of the kind that had to be given up."""
+        if self.lost is None or self.lost.avatar_id is None:
+            return None
+        return Open(self.lost.avatar_id, self.lost.voice_id, self.lost.voice_speed)
 
     def plan_start(self, entry: Entry, start: SessionStart, now: float) -> Call | Wait | None:
         """Open a session, replace the one of another avatar or voice, or answer with the one that is live."""
         live = self.session
         if live is None:
+            again = self._open_again()
+            if (
+                again is not None
+                and start.avatar_id in (None, again.avatar_id)
+                and start.voice_id in (None, again.voice_id)
+            ):
+                return again
             voice_id = start.voice_id or (None if start.avatar_id else self._rules.default_voice)
             return self._open(start.avatar_id or self._rules.default_avatar, voice_id, start.voice_speed, now)
         if start.avatar_id not in (None, live.avatar_id) or start.voice_id not in (None, live.voice_id):
             return self._close(EndReason.REPLACED, now)
+        if renewal := self.plan_renewal(now):
+            return renewal
         if start.handoff == "viewer" and live.viewer is None:
             return InitClient()
         self._book.end([verdict.session_ready(self._book.conversation_id, live, entry)], now)
@@ -57,9 +97,7 @@ class SessionPlan:
         return Attach(Session(attach.session_id, attach.token, attached=True))
 
     def plan_end(self, entry: Entry, now: float) -> Call | Wait | None:
-        """Close the open turns, let them be heard, end the session."""
-        for turn_id in list(self._book.memory.open_turns()):
-            self._speech.close(turn_id, entry, now, final_sent=False)
+        """Let what was said be heard, end the session."""
         if self.session is not None:
             return self._close(EndReason.REQUESTED, now)
         self._book.end([verdict.session_ended(self._book.conversation_id, None, EndReason.REQUESTED, entry)], now)
@@ -78,25 +116,34 @@ class SessionPlan:
             memory.playing_until = min(memory.playing_until, now + self._rules.session_end_wait_s)
         if memory.playing_until > now:
             return Wait(memory.playing_until)
-        return Close(last_attempt=self._attempts.count + 1 >= END_ATTEMPTS)
+        return self._closing(reason)
+
+    def _closing(self, reason: EndReason) -> Close:
+        return Close(self._attempts.count + 1 >= END_ATTEMPTS, reason)
 
     # What became of it.
 
     def opened(self, result: CallResult, session: Session | None, now: float, jitter: float) -> None:
         """A create was answered, or not."""
+        if not len(self._book):
+            self._renewed(session)
+            return
         for_speech = isinstance(self._book.head.command, Speak)
+        full = result.kind is CallKind.FULL or (result.kind is CallKind.NOT_TAKEN and result.status == 429)
         waited_enough = now - self._attempts.first >= self._rules.session_wait_s
         match result.kind:
             case CallKind.OK:
-                self.session = session
+                self.begin(session)
                 assert session is not None
                 if for_speech:
                     self._book.tell(verdict.session_ready(self._book.conversation_id, session, None))
                 self._attempts.rest()
             case CallKind.DENIED:
                 self._fail(SpeechFailure.CREDENTIALS, SessionFailure.CREDENTIALS, result, now)
-            case CallKind.NOT_TAKEN if result.status == 429 and waited_enough:
+            case _ if full and waited_enough:
                 self._fail(SpeechFailure.CAPACITY, SessionFailure.CAPACITY, result, now)
+            case CallKind.FULL:
+                self._attempts.not_before = now + (result.retry_after_s or 0.0)
             # Speech goes on trying until it expires: nothing healthy is given up because the API was down.
             case CallKind.NOT_TAKEN | CallKind.UNKNOWN if for_speech or not waited_enough:
                 self._attempts.again(now, jitter, result.retry_after_s)
@@ -105,23 +152,45 @@ class SessionPlan:
             case _:
                 self._fail(SpeechFailure.REFUSED, SessionFailure.REFUSED, result, now)
 
+    def begin(self, session: Session | None, lost: Session | None = None) -> None:
+        """What the lane's owner knows of the session, and of one that was lost."""
+        self.session, self._retiring = session, None
+        self.lost = lost if self._rules.on_lost == "recreate" else None
+
+    def _renewed(self, session: Session | None) -> None:
+        """Nobody asked for it: without one, the next command that needs one opens it."""
+        self._attempts.rest()
+        self._retiring = None
+        if session is not None:
+            self.begin(session)
+            self._book.tell(verdict.session_ready(self._book.conversation_id, session, None))
+
+    def proved(self) -> None:
+        """The session works."""
+        self._losses = 0
+
     def attached(self, session: Session, now: float) -> None:
         """The foreign session is ours to use."""
-        self.session = session
+        self.begin(session)
         self._book.end([verdict.session_ready(self._book.conversation_id, session, self._book.head)], now)
         self._attempts.rest()
 
     def initialised(self, result: CallResult, viewer: Viewer | None, now: float, jitter: float) -> None:
         """The viewer's hand-off was fetched, or not."""
-        assert self.session is not None
+        if self.session is None:  # an interrupt beside has found it gone
+            self._attempts.rest()
+            return
         waited_enough = now - self._attempts.first >= self._rules.session_wait_s
         match result.kind:
             case CallKind.OK:
                 self.session = replace(self.session, viewer=viewer)
                 self._attempts.rest()
-            case CallKind.GONE:
+            case CallKind.GONE if self._losses < MAX_LOSSES:
                 self.lose()
                 self._attempts.rest()
+            case CallKind.GONE:
+                self.lose()
+                self._fail(None, SessionFailure.UNAVAILABLE, result, now)
             case CallKind.NOT_TAKEN if not waited_enough:
                 self._attempts.again(now, jitter, result.retry_after_s)
             case CallKind.NOT_TAKEN | CallKind.UNKNOWN:
@@ -135,24 +204,37 @@ class SessionPlan:
         if unsure and self._attempts.count < END_ATTEMPTS:
             self._attempts.again(now, jitter, result.retry_after_s)
             return
-        assert self._retiring is not None
+        if self._retiring is None:  # as above
+            self._attempts.rest()
+            return
         asked = self._retiring is EndReason.REQUESTED
+        renewed = self._retiring is EndReason.REPLACED and self._is_to_be_renewed(now)
         conclusion = verdict.session_ended(
             self._book.conversation_id, self.session, self._retiring, self._book.head if asked else None
         )
         self._book.end([conclusion], now)
-        self.forget()
+        if renewed:
+            self.session, self.lost = None, self.session
+        else:
+            self.forget()
         self._attempts.rest()
 
-    def lose(self) -> None:
-        """The API does not know the session any more."""
-        if self.session is not None:
-            self._book.tell(verdict.session_ended(self._book.conversation_id, self.session, EndReason.LOST))
-        self.forget()
+    def _is_to_be_renewed(self, now: float) -> bool:
+        session = self.session
+        return session is not None and session.renew_at is not None and now >= session.renew_at
+
+    def lose(self) -> bool:
+        """The API does not know the session any more. True: another may take its place."""
+        session = self.session
+        if session is not None:
+            self._losses += 1
+            self._book.tell(verdict.session_ended(self._book.conversation_id, session, EndReason.LOST))
+            self.begin(None, None if session.attached else session)
+        return self.lost is not None and self._losses <= MAX_LOSSES
 
     def forget(self) -> None:
         """There is no session; whoever ended it has told."""
-        self.session, self._retiring = None, None
+        self.session, self.lost, self._retiring = None, None, None
 
     def _fail(self, speech: SpeechFailure | None, start: SessionFailure, why: CallResult, now: float) -> None:
         """Whoever needs the session ends: the piece under way with its turn, or the `session.start`."""

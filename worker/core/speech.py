@@ -1,19 +1,25 @@
-"""How chunks become calls: the next piece, what its outcome means, and what becomes of its turn."""
+"""How chunks become calls: the next piece, and what its outcome means."""
 
-from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
-from schemas.events import DiscardReason, SpeechFailure
-from worker.core import pieces, verdict
+from schemas.events import Event, SpeechFailure
+from worker.core import verdict
 from worker.core.book import Book
-from worker.core.memory import Turn, TurnState
-from worker.core.model import CallKind, CallResult, Entry, Piece, speak_of
+from worker.core.closing import Closing
+from worker.core.memory import Attempt, SentPart, TurnState
+from worker.core.model import CallKind, CallResult, Entry, Part, Piece, speak_of
+from worker.core.pieces import Pieces
 from worker.core.retry import Attempts
+from worker.core.turns import Turns
+from worker.core.verdict import Conclusion
 from worker.core.work import Rules, Wait
 
 CHARS_PER_S = 14.0
 """How fast an avatar speaks, to estimate when it has finished: the API does not tell (KALTURA.md)."""
-BLANK_WAIT_S = 1.0
-"""How long white space waits for the word it belongs to."""
+RESUME_WAIT_S = 5.0
+"""How long the chunks of a piece whose outcome is unknown may take to be delivered again."""
+LOOK_S = 60.0
+"""How long a lane waits for more text at a stretch, where nothing else bounds it."""
 
 
 class Speech:
@@ -26,11 +32,18 @@ class Speech:
     def __init__(self, book: Book, rules: Rules, attempts: Attempts) -> None:
         self.piece: Piece | None = None
         self.perhaps_said = False
+        self.turns = Turns(book, rules.max_age_s)
         self._book = book
         self._memory = book.memory
         self._rules = rules
         self._attempts = attempts
-        self._blank_since: float | None = None
+        self._pieces = Pieces(book.memory, rules)
+        self._closing = Closing(book, rules.auto_final_s)
+        self._missing_since: float | None = None
+
+    def hear(self, chunk: Entry, now: float) -> None:
+        """A chunk has come."""
+        self._closing.hear(speak_of(chunk).turn_id, now)
 
     def plan(self, now: float) -> Piece | Wait | None:
         """The piece to say now; None when the head of the book has ended instead."""
@@ -38,36 +51,174 @@ class Speech:
             if not self.outdated(now):
                 return self.piece
             self.drop()
-        if self._end_unspeakable(now):
+        if self.turns.end_unspeakable(now):
             return None
-        run = list(self._run(now))
-        piece = pieces.compose(run, self._memory.spoken.get(run[0].key, 0))
-        if not piece.text.strip():
-            return self._plan_blank([part.entry for part in piece.parts], now)
-        self._blank_since = None
-        self.piece = piece
-        return piece
+        if self._memory.state.attempt is not None:
+            return self._resume(self._memory.state.attempt, now)
+        return self._cut(now)
+
+    def plan_closing(self, now: float, *, has_session: bool) -> Piece | None:
+        """Close the turns that have been silent for long, or say what closes one: a piece without chunks."""
+        attempt = self._memory.state.attempt
+        if self.piece is None and attempt is not None and not attempt.parts:
+            if self.outdated(now):
+                self.drop()
+            else:
+                self._resume(attempt, now)
+        if self.piece is not None:
+            if self.piece.parts:
+                return None
+            if has_session and not self.outdated(now):
+                return self.piece
+            self.fail(SpeechFailure.NO_SESSION, CallResult(CallKind.STALE), now)
+        for turn_id in self._closing.due(now):
+            self._close_unheard(turn_id, f"auto {self._memory.state.number}", now, has_session=has_session, auto=True)
+            if self.piece is not None:
+                break
+        return self.piece
+
+    def plan_end(self, entry: Entry, now: float, *, has_session: bool) -> Piece | None:
+        """Close the open turns because the session ends, or say what closes the first of them."""
+        for turn_id in list(self._memory.open_turns()):
+            self._close_unheard(turn_id, entry, now, has_session=has_session)
+            if self.piece is not None:
+                break
+        return self.piece
+
+    def rest(self) -> Wait | None:
+        """Nothing waits; an open turn may close by itself later."""
+        due = self._closing.next_due()
+        return None if due is None else Wait(due)
 
     def outdated(self, now: float) -> bool:
-        """Whether the piece under way is not to be tried again: its turn went silent, or it is too old."""
+        """Whether what was attempted is not to be tried again: its turn went silent, or it is too old."""
         if self.piece is None:
-            return False
-        return self._memory.is_silent(self.piece.turn_id) or self._expired(self.piece.parts[0].entry, now)
+            attempt = self._memory.state.attempt
+            return attempt is not None and self._memory.is_silent(attempt.turn_id)
+        return self._memory.is_silent(self.piece.turn_id) or self.turns.has_expired(self.piece.born, now)
+
+    @property
+    def in_a_turn(self) -> bool:
+        """Whether the avatar is in the middle of a turn, or may have heard a piece whose answer was lost."""
+        begun = any(self._memory.turns[turn_id].pieces for turn_id in self._memory.open_turns())
+        return begun or self._memory.state.attempt is not None
 
     def drop(self) -> None:
         """No piece is under way any more."""
         self.piece, self.perhaps_said = None, False
         self._attempts.rest()
+        self._settle_attempt()
 
     def begin(self, piece: Piece, now: float) -> None:
-        """The piece is about to leave: its turn is open, again if it was closed."""
+        """The piece is about to leave: its turn is open, again if it was closed, and the intent is noted."""
         if self._memory.turn(piece.turn_id, now).state is TurnState.CLOSED:
-            self._memory.turns[piece.turn_id] = Turn(touched=now)
+            self._memory.reopen(piece.turn_id, now)
+        parts = tuple(SentPart(part.entry.key, part.start, part.end, part.last) for part in piece.parts)
+        attempt = Attempt(
+            piece.turn_id,
+            piece.text,
+            piece.is_final,
+            parts,
+            begun=now,
+            count=self._attempts.count,
+            shapes=piece.shapes,
+            auto_final=piece.auto_final,
+            name=piece.name,
+        )
+        self._memory.update(attempt=attempt, number=self._memory.state.number + 1)
+
+    def _cut(self, now: float) -> Piece | Wait | None:
+        """The next piece of the turn at the head, once it is decided."""
+        run, followed = self._run(now)
+        turn_id, final = speak_of(run[0]).turn_id, speak_of(run[-1]).is_final
+        auto = not (final or followed) and self._closing.is_due(turn_id, now)
+        piece = self._pieces.next(run, now, ends=final or followed or auto, closes=final or auto)
+        if not isinstance(piece, Piece):
+            times = [time for time in (piece, self._closing.next_due()) if time is not None and time > now]
+            return Wait(min(times, default=now + LOOK_S))
+        piece = replace(piece, auto_final=auto and piece.is_final)
+        if not piece.text:
+            if not (piece.is_final and self._is_heard(turn_id)):
+                self.turns.end_empty(piece, now)
+                return None
+            piece = replace(piece, text=self._rules.final_text)
+        self.piece = piece
+        return piece
+
+    def _run(self, now: float) -> tuple[list[Entry], bool]:
+        """The chunks at the head that may share pieces, up to a final, and whether anything stands behind them.
+
+        If shaping is off, one alone.
+        """
+        waiting, followed = self._book.run(speak_of(self._book.head).turn_id)
+        run: list[Entry] = []
+        for entry in waiting:
+            if run and self.turns.has_expired(entry.born, now):
+                break
+            run.append(entry)
+            if speak_of(entry).is_final or self._rules.shaping == "off":
+                break
+        return run, followed or len(run) < len(waiting)
+
+    def _close_unheard(
+        self, turn_id: str, by: Entry | str, now: float, *, has_session: bool, auto: bool = False
+    ) -> None:
+        """Close a turn no chunk of which waits; or have something said for that, if there is something to say."""
+        if has_session and self._is_heard(turn_id):
+            name = by if isinstance(by, str) else by.key
+            self.piece = Piece(turn_id, self._rules.final_text, is_final=True, parts=(), auto_final=auto, name=name)
+        else:
+            closed = self.turns.close(turn_id, by, now, final_sent=False, auto_final=auto)
+            self._book.tell(Conclusion(closed))
+
+    def _is_heard(self, turn_id: str) -> bool:
+        """Whether the API is to be told of the end of that turn: it has heard of it, and there is a text for that."""
+        return bool(self._rules.final_text) and self.turns.is_open(turn_id) and self._memory.turns[turn_id].pieces > 0
+
+    def _resume(self, attempt: Attempt, now: float) -> Piece | Wait | None:
+        """Say again, exactly as it was sent, what another worker was saying; its chunks come back first of all."""
+        waiting = {entry.key: entry for entry in self._book.chunks()}
+        if all(part.key in waiting for part in attempt.parts):
+            self.piece = Piece(
+                attempt.turn_id,
+                attempt.text,
+                attempt.is_final,
+                tuple(Part(waiting[sent.key], sent.start, sent.end, sent.last) for sent in attempt.parts),
+                shapes=attempt.shapes,
+                auto_final=attempt.auto_final,
+                name=attempt.name,
+            )
+            self.perhaps_said = True
+            self._attempts.count = attempt.count
+            if self._rules.ambiguous == "repeat":
+                return self.piece
+            self.fail(SpeechFailure.UNKNOWN_OUTCOME, CallResult(CallKind.UNKNOWN, error="the worker died"), now)
+            return None
+        self._missing_since = self._missing_since or now
+        if now < self._missing_since + RESUME_WAIT_S:
+            return Wait(self._missing_since + RESUME_WAIT_S)
+        # Chunks without an id cannot be recognised. What is left of the piece is said as it comes, and flagged.
+        doubtful = self._memory.state.doubtful.union(part.key for part in attempt.parts)
+        self._memory.update(attempt=None, doubtful=doubtful)
+        return None
+
+    def _settle_attempt(self) -> None:
+        """Nothing is being attempted: it has an outcome, or surely had no effect."""
+        if self._memory.state.attempt is not None:
+            self._memory.update(attempt=None)
 
     # What became of it.
 
-    def said(self, result: CallResult, now: float, jitter: float) -> None:
-        """Record the outcome of one call. A session that is gone is the caller's to lose, before this."""
+    def unsaid(self) -> None:
+        """The call was not made, or surely had no effect; one before it may have had."""
+        if not self.perhaps_said:
+            self._settle_attempt()
+
+    def said(self, result: CallResult, now: float, jitter: float, *, again: bool = False) -> None:
+        """Record the outcome of one call. A session that is gone is the caller's to lose, before this.
+
+        `again`: then the piece is said on another. Nobody knows what of it was heard.
+        """
         piece = self.piece
         assert piece is not None
         if result.kind is CallKind.UNKNOWN:
@@ -78,10 +229,13 @@ class Speech:
                 self._accept(piece, now)
             case CallKind.NOT_TAKEN:
                 self._attempts.again(now, jitter, result.retry_after_s)
+                self.unsaid()
             case CallKind.UNKNOWN if self._rules.ambiguous == "repeat":
                 self._attempts.again(now, jitter)
             case CallKind.UNKNOWN:
                 self.fail(SpeechFailure.UNKNOWN_OUTCOME, result, now)
+            case CallKind.GONE if again and piece.parts:
+                self.perhaps_said = True
             case CallKind.GONE:
                 self.fail(SpeechFailure.SESSION_LOST, result, now)
             case _:
@@ -94,9 +248,10 @@ class Speech:
         turn.text_length += len(piece.text)
         memory.heard_last = frozenset({piece.turn_id})
         memory.playing_until = max(memory.playing_until, now) + len(piece.text) / CHARS_PER_S
-        if turn.pieces == 1 and not turn.silent:
-            self._book.tell(verdict.turn_started(conversation_id, piece))
-        told_blindly = any(part.entry.redelivered and part.entry.message_id is None for part in piece.parts)
+        told_blindly = any(
+            (part.entry.redelivered and part.entry.message_id is None) or part.entry.key in memory.state.doubtful
+            for part in piece.parts
+        )
         accepted = verdict.accepted(
             conversation_id,
             piece,
@@ -104,101 +259,19 @@ class Speech:
             latency_ms=verdict.milliseconds(now - piece.born),
             repeated=self.perhaps_said or told_blindly,
         )
-        self._book.end([accepted], now)
-        memory.spoken.update({part.entry.key: part.end for part in piece.parts if not part.last})
+        before: tuple[Event, ...] = ()
+        after: tuple[Event, ...] = ()
+        if turn.pieces == 1 and not turn.silent:
+            before = (verdict.turn_started(conversation_id, piece),)
         if piece.is_final and not turn.silent:
-            self.close(piece.turn_id, piece.parts[-1].entry, now, final_sent=True)
+            by = piece.parts[-1].entry if piece.parts else piece.name
+            after = (self.turns.close(piece.turn_id, by, now, final_sent=True, auto_final=piece.auto_final),)
+        self.turns.go_on_behind(piece)
+        self._book.end([replace(accepted, before=before, after=after)], now)
         self.drop()
 
     def fail(self, reason: SpeechFailure, why: CallResult, now: float) -> None:
-        """The piece under way cannot be spoken: its chunks end here, the rest of the turn will as they come up."""
-        piece, conversation_id = self.piece, self._book.conversation_id
-        assert piece is not None
-        turn = self._memory.turn(piece.turn_id, now)
-        entries = [part.entry for part in piece.parts]
-        if not turn.silent:
-            turn.state = TurnState.FAILED
-            failed = verdict.failed(conversation_id, entries, reason, attempts=self._attempts.count, why=why)
-            self._book.end([failed], now)
-            self._book.tell(verdict.turn_failed(conversation_id, entries[0], reason))
+        """The piece under way cannot be spoken."""
+        assert self.piece is not None
+        self.turns.fail(self.piece, reason, why, self._attempts.count, now)
         self.drop()
-
-    def close(self, turn_id: str, closing: Entry, now: float, *, final_sent: bool) -> None:
-        """All of the turn was handed over; `closing` is the command that said so."""
-        turn = self._memory.turn(turn_id, now)
-        turn.state = TurnState.CLOSED
-        done = verdict.turn_completed(self._book.conversation_id, turn_id, turn, closing, final_sent=final_sent)
-        self._book.tell(done)
-
-    def silence(self, interrupt: Entry, wanted: str | None, now: float, spared: Sequence[Entry]) -> dict[str, int]:
-        """An interrupt: end the chunks it is about and mark their turns. `spared` chunks are in a call just now.
-
-        Returns the turns that are silent from here on, with the number of chunks each has lost; `wanted` None means
-        all turns that are open or lose a chunk. A turn that is silent already stays what it is.
-        """
-        doomed: dict[str, list[Entry]] = {}
-        if wanted is not None and not self._memory.is_silent(wanted):
-            doomed[wanted] = []
-        for entry in self._book.chunks():
-            turn_id = speak_of(entry).turn_id
-            if wanted in (None, turn_id) and self._speakable(entry):
-                doomed.setdefault(turn_id, []).extend([] if entry in spared else [entry])
-        if wanted is None:
-            doomed |= {turn_id: [] for turn_id in self._memory.open_turns() if turn_id not in doomed}
-        conversation_id = self._book.conversation_id
-        for turn_id, entries in doomed.items():
-            self._memory.turn(turn_id, now).state = TurnState.INTERRUPTED
-            if entries:
-                self._book.end(verdict.discarded(conversation_id, entries, DiscardReason.INTERRUPTED), now)
-            self._book.tell(verdict.turn_interrupted(conversation_id, turn_id, interrupt, len(entries)))
-        return {turn_id: len(entries) for turn_id, entries in doomed.items()}
-
-    # What is not said.
-
-    def _plan_blank(self, run: list[Entry], now: float) -> Wait | None:
-        """Nothing but white space: it waits for its word, closes the turn, or ends as empty."""
-        final = speak_of(run[-1]).is_final
-        if not final and len(run) == len(self._book) and self._rules.shaping == "sentences":
-            self._blank_since = self._blank_since or now
-            if now < self._blank_since + BLANK_WAIT_S:
-                return Wait(self._blank_since + BLANK_WAIT_S)
-        self._blank_since = None
-        self._book.end(verdict.discarded(self._book.conversation_id, run, DiscardReason.EMPTY), now)
-        turn_id = speak_of(run[-1]).turn_id
-        if final and self._memory.turn(turn_id, now).state is not TurnState.CLOSED:
-            self.close(turn_id, run[-1], now, final_sent=False)
-        return None
-
-    def _end_unspeakable(self, now: float) -> bool:
-        """End the chunks at the head if their turn is silent, or the first of them is too old."""
-        head, conversation_id = self._book.head, self._book.conversation_id
-        turn_id = speak_of(head).turn_id
-        if self._speakable(head) and self._expired(head, now):
-            self._memory.turn(turn_id, now).state = TurnState.EXPIRED
-            self._book.tell(verdict.turn_failed(conversation_id, head, "expired"))
-        if self._speakable(head):
-            return False
-        run = list(self._book.run(turn_id))
-        match self._memory.turn(turn_id, now).state:
-            case TurnState.FAILED:
-                self._book.end([verdict.failed(conversation_id, run, SpeechFailure.TURN_FAILED, why=None)], now)
-            case TurnState.EXPIRED:
-                self._book.end(verdict.discarded(conversation_id, run, DiscardReason.EXPIRED), now)
-            case _:
-                self._book.end(verdict.discarded(conversation_id, run, DiscardReason.INTERRUPTED), now)
-        return True
-
-    def _run(self, now: float) -> Iterator[Entry]:
-        """The chunks at the head that may share a piece: of one turn, up to its final; one alone if shaping is off."""
-        for entry in self._book.run(speak_of(self._book.head).turn_id):
-            if self._expired(entry, now):
-                return
-            yield entry
-            if speak_of(entry).is_final or self._rules.shaping == "off":
-                return
-
-    def _speakable(self, entry: Entry) -> bool:
-        return not self._memory.is_silent(speak_of(entry).turn_id)
-
-    def _expired(self, entry: Entry, now: float) -> bool:
-        return self._rules.max_age_s > 0 and now - entry.born > self._rules.max_age_s

@@ -30,17 +30,18 @@ from schemas.events import (
     TurnInterrupted,
     TurnStarted,
 )
-from worker.core.memory import Turn
+from worker.core.memory import Ended, Turn
 from worker.core.model import CallResult, Entry, Misfit, Piece, Session, speak_of
 
 
 @dataclass(frozen=True, slots=True)
 class Parked:
-    """Why a copy is kept, and after how many calls."""
+    """Why a copy is kept, and after how many calls. `ended`: the type of its event, where `reason` does not tell."""
 
     reason: str
     error: str
     attempts: int = 0
+    ended: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,13 +55,22 @@ class Answer:
 class Conclusion:
     """An end, ready to be carried out in this order: park, tell, answer, acknowledge.
 
-    `entries` end with it.
+    `entries` end with it. `before` and `after` are events that go with it: a turn that begins or is over by it. `told`:
+    that was done already, only the rest is left to do.
     """
 
     event: Event
     entries: tuple[Entry | Misfit, ...] = ()
     parked: Parked | None = None
     answer: Answer | None = None
+    before: tuple[Event, ...] = ()
+    after: tuple[Event, ...] = ()
+    told: bool = False
+
+    @property
+    def events(self) -> tuple[Event, ...]:
+        """All it tells, in order."""
+        return () if self.told else (*self.before, self.event, *self.after)
 
 
 def _ids(entries: Sequence[Entry]) -> tuple[str, ...]:
@@ -71,9 +81,10 @@ def _trace(entries: Sequence[Entry]) -> str | None:
     return next((entry.traceparent for entry in entries if entry.traceparent is not None), None)
 
 
-def repeated(event: Event, entry: Entry, session: Session | None) -> Conclusion:
+def repeated(ended: Ended, entry: Entry, session: Session | None) -> Conclusion:
     """The command has ended before: tell it again under the same id, and hand the live session over again."""
-    return Conclusion(event, (entry,), answer=_hand_off(session, entry) if session else None)
+    answer = _hand_off(session, entry) if session else None
+    return Conclusion(ended.event, (entry,), answer=answer, before=ended.before, after=ended.after)
 
 
 def accepted(conversation_id: str, piece: Piece, *, attempts: int, latency_ms: int, repeated: bool) -> Conclusion:
@@ -147,37 +158,53 @@ def _rejected(
     return Conclusion(event, (message,), Parked(reason, error), answer)
 
 
-def turn_started(conversation_id: str, piece: Piece) -> Conclusion:
+def turn_started(conversation_id: str, piece: Piece) -> Event:
     """The API took the first piece of the turn."""
-    return Conclusion(Event(conversation_id, TurnStarted(turn_id=piece.turn_id), piece.key))
+    return Event(conversation_id, TurnStarted(turn_id=piece.turn_id), piece.key)
 
 
-def turn_completed(conversation_id: str, turn_id: str, turn: Turn, closing: Entry, *, final_sent: bool) -> Conclusion:
-    """All of the turn was handed to the API. `closing` is the command that closed it."""
-    data = TurnCompleted(turn_id=turn_id, pieces=turn.pieces, text_length=turn.text_length, final_sent=final_sent)
-    return Conclusion(Event(conversation_id, data, f"{turn_id}\n{closing.key}", closing.traceparent))
+def turn_completed(
+    conversation_id: str, turn_id: str, turn: Turn, closing: Entry | str, *, final_sent: bool, auto_final: bool = False
+) -> Event:
+    """All of the turn was handed to the API. `closing` is the command that closed it, or a name for what else did."""
+    data = TurnCompleted(
+        turn_id=turn_id,
+        pieces=turn.pieces,
+        text_length=turn.text_length,
+        final_sent=final_sent,
+        auto_final=True if auto_final else None,
+    )
+    if isinstance(closing, str):
+        return Event(conversation_id, data, f"{turn_id}\n{closing}")
+    return Event(conversation_id, data, f"{turn_id}\n{closing.key}", closing.traceparent)
 
 
-def turn_interrupted(conversation_id: str, turn_id: str, interrupt: Entry, discarded: int) -> Conclusion:
+def turn_interrupted(conversation_id: str, turn_id: str, interrupt: Entry, discarded: int) -> Event:
     """The turn is silent from here on."""
     data = TurnInterrupted(turn_id=turn_id, discarded_commands=discarded)
-    return Conclusion(Event(conversation_id, data, f"{turn_id}\n{interrupt.key}", interrupt.traceparent))
+    return Event(conversation_id, data, f"{turn_id}\n{interrupt.key}", interrupt.traceparent)
 
 
-def turn_failed(conversation_id: str, entry: Entry, reason: SpeechFailure | Literal["expired"]) -> Conclusion:
+def turn_fenced(conversation_id: str, turn_id: str, interrupt_key: str) -> Conclusion:
+    """The turn is silent because a chunk of it was overtaken by an interrupt; the chunk ends by itself."""
+    data = TurnInterrupted(turn_id=turn_id, discarded_commands=1)
+    return Conclusion(Event(conversation_id, data, f"{turn_id}\n{interrupt_key}"))
+
+
+def turn_failed(conversation_id: str, entry: Entry, reason: SpeechFailure | Literal["expired"]) -> Event:
     """The turn is silent because `entry`, a chunk of it, failed or expired."""
     turn_id = speak_of(entry).turn_id
     data = TurnFailed(turn_id=turn_id, reason=reason)
-    return Conclusion(Event(conversation_id, data, f"{turn_id}\n{entry.key}", entry.traceparent))
+    return Event(conversation_id, data, f"{turn_id}\n{entry.key}", entry.traceparent)
 
 
 def interrupt_done(
     conversation_id: str, entry: Entry, turn_ids: Sequence[str], *, latency_ms: int, result: CallResult | None
-) -> Conclusion:
+) -> Event:
     """The interrupt has acted; `result` is None where there was nothing to call."""
     status = None if result is None else (result.status or 0)
     data = InterruptDone(command_ids=_ids([entry]), turn_ids=tuple(turn_ids), latency_ms=latency_ms, api_status=status)
-    return Conclusion(Event(conversation_id, data, entry.key, entry.traceparent), (entry,))
+    return Event(conversation_id, data, entry.key, entry.traceparent)
 
 
 def session_ready(conversation_id: str, session: Session, entry: Entry | None) -> Conclusion:
@@ -230,4 +257,4 @@ def session_failed(
 
 def milliseconds(seconds: float) -> int:
     """As events state durations: whole, and never negative, since clocks of two machines differ."""
-    return max(0, round(seconds * 1000))
+    return round(max(0.0, seconds) * 1000)

@@ -2,26 +2,35 @@
 
 One call at a time per conversation: whoever calls takes the conversation's *line* first. What is in `held` is ours by
 lease; the store has it too, and catches up at the next renewal if it was out of reach.
+
+A session is created only after its row was claimed, and ended only after its row says so: whatever happens in between,
+some worker finds the row, and what may exist without anybody knowing it keeps its slot for a while (a *ghost*).
 """
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 
 import structlog
 
+from schemas.events import EndReason
 from worker.core.model import CallKind, CallResult, Session, Viewer
 from worker.core.work import Attach, Call, CallInterrupt, Close, InitClient, Open, Say
 from worker.ops import logs
-from worker.ports import AvatarApi, Clock, Held, SessionStore
+from worker.ports import AvatarApi, Clock, Held, HeldState, Refusal, SessionStore, Slots
 
 _log = structlog.stdlib.get_logger(__name__)
 
 LEASE_S = 6.0
 """A worker silent for so long has lost its sessions to whoever adopts them. With a keep-alive that was due just then,
 the API hears nothing for 18 s."""
+
+DEFAULT_SLOTS = Slots()
+
+AGAIN_S = 0.5
+"""How soon to ask again for a slot, or whether another worker is done with the conversation's session."""
 
 _ENDS_SESSION = (CallKind.OK, CallKind.GONE, CallKind.REFUSED, CallKind.DENIED)
 
@@ -30,7 +39,7 @@ _ENDS_SESSION = (CallKind.OK, CallKind.GONE, CallKind.REFUSED, CallKind.DENIED)
 class Lease:
     """A session held by this worker: `last_success` of a call, `until` when the lease runs, `noted` by the store.
 
-    `not_before`: no keep-alive until then, says the API.
+    `not_before`: no keep-alive until then, says the API. `orphan`: whoever was about to end it did not come to it.
     """
 
     held: Held
@@ -38,35 +47,50 @@ class Lease:
     until: float
     noted: bool = True
     not_before: float = 0.0
+    orphan: bool = False
 
 
 class Desk:
     """Makes the calls that lanes ask for, and knows the sessions this worker holds."""
 
-    def __init__(self, api: AvatarApi, store: SessionStore, owner: str, clock: Clock) -> None:
+    def __init__(
+        self, api: AvatarApi, store: SessionStore, owner: str, clock: Clock, slots: Slots = DEFAULT_SLOTS
+    ) -> None:
         self.api = api
         self.store = store
         self.owner = owner
+        self.slots = slots
         self.leases: dict[str, Lease] = {}
+        self.creating: set[str] = set()
         self._clock = clock
         self._lines: dict[str, asyncio.Lock] = {}
         self._users: Counter[str] = Counter()
 
-    async def recall(self, conversation_id: str) -> Session | None:
-        """The session of a conversation this worker begins to serve; ours from now on, whoever held it before."""
+    async def recall(self, conversation_id: str) -> tuple[Session | None, Session | None]:
+        """The session of a conversation this worker begins to serve, ours from now on; or one that was lost."""
         known = self.leases.get(conversation_id)
         if known is not None and not known.noted:
-            return known.held.session
+            await self.store.put(known.held, self.owner, self._clock() + LEASE_S)
+            known.noted = True
+            return known.held.session, None
         held = await self.store.take(conversation_id, self.owner, self._clock() + LEASE_S)
-        if held is None:
+        if held is None or held.state is HeldState.LOST:
             self.leases.pop(conversation_id, None)
-            return None
-        self.hold(replace(held, last_used=self._clock()), last_success=known.last_success if known else 0.0)
-        return held.session
+            return None, held.session if held else None
+        lease = self.hold(held, last_success=known.last_success if known else 0.0)
+        if held.state is HeldState.ENDING:
+            lease.orphan = True
+            return None, None
+        lease.held = replace(held, last_used=self._clock())
+        return held.session, None
 
-    async def carry_out(self, conversation_id: str, call: Call) -> tuple[CallResult, Session | Viewer | None]:
-        """Make one call, when the line is free; returns what came of it, and what it brought."""
+    async def carry_out(
+        self, conversation_id: str, call: Call, still: Callable[[], bool]
+    ) -> tuple[CallResult, Session | Viewer | None]:
+        """Make one call when the line is free, if it is `still` wanted then; returns what came of it."""
         async with self.line(conversation_id):
+            if not still():
+                return CallResult(CallKind.NOT_TAKEN, error="it came too late to be made", local=True), None
             try:
                 result, got = await self._call(conversation_id, call)
             except Exception as error:  # noqa: BLE001 - a bug of ours is no reason to forget that something was sent
@@ -74,7 +98,7 @@ class Desk:
                 _log.exception(logs.CALL_FAILED, conversation_id=conversation_id, call=type(call).__name__)
         if result.kind is CallKind.OK:
             self.use(conversation_id)
-        elif result.kind is not CallKind.STALE:
+        elif result.kind not in (CallKind.STALE, CallKind.FULL):
             level = "warning" if result.kind in (CallKind.NOT_TAKEN, CallKind.UNKNOWN) else "error"
             getattr(_log, level)(
                 logs.CALL_FAILED,
@@ -86,16 +110,31 @@ class Desk:
             )
         return result, got
 
+    async def interrupt(self, conversation_id: str) -> CallResult:
+        """Tell the API at once, whoever holds the line: it is harmless, and late it is useless."""
+        lease = self.leases.get(conversation_id)
+        if lease is None:
+            return CallResult(CallKind.STALE)
+        session_id = lease.held.session.session_id
+        try:
+            result = await self.api.interrupt(lease.held.session)
+        except Exception as error:  # noqa: BLE001 - a bug of ours must not leave the lane waiting for an answer
+            result = CallResult(CallKind.UNKNOWN, error=type(error).__name__)
+            _log.exception(logs.CALL_FAILED, conversation_id=conversation_id, call=CallInterrupt.__name__)
+        if result.kind is CallKind.GONE:
+            lease = self.leases.get(conversation_id)
+            if lease is None or lease.held.session.session_id != session_id:
+                return CallResult(CallKind.STALE)
+            await self.lose(conversation_id)
+        return result
+
     async def _call(self, conversation_id: str, call: Call) -> tuple[CallResult, Session | Viewer | None]:
         match call:
             case Open():
-                result, session = await self.api.create(call)
-                if session is not None:
-                    await self.keep(conversation_id, session)
-                return result, session
+                return await self._create(conversation_id, call)
             case Attach():
                 await self.keep(conversation_id, call.session)
-                return CallResult(CallKind.OK), call.session
+                return CallResult(CallKind.OK, local=True), call.session
             case _:
                 if conversation_id not in self.leases:
                     # Another worker adopted it while this one was too slow to renew its lease; or it has ended.
@@ -104,9 +143,43 @@ class Desk:
                 if lease is None:
                     return CallResult(CallKind.STALE), None
                 result, viewer = await self._call_on(conversation_id, lease.held.session, call)
-                if result.kind is CallKind.GONE:
-                    await self.drop(conversation_id)
+                if result.kind is CallKind.GONE and not isinstance(call, Close):
+                    await self.lose(conversation_id)
                 return result, viewer
+
+    async def _create(self, conversation_id: str, call: Open) -> tuple[CallResult, Session | None]:
+        """Claim, create, keep. Whoever is cut in between leaves a claim, which becomes a ghost."""
+        now = self._clock()
+        try:
+            found = await self.store.claim(conversation_id, self.owner, now, now + LEASE_S, self.slots)
+        except Exception as failure:  # noqa: BLE001 - without a claim nothing is created, and nothing was
+            return CallResult(CallKind.NOT_TAKEN, error=f"the store: {type(failure).__name__}", local=True), None
+        match found:
+            case Held():
+                self.hold(found, last_success=0.0)
+                return CallResult(CallKind.OK, local=True), found.session
+            case Refusal.FULL:
+                error = f"all {self.slots.limit} sessions are in use (AVATAR_MAX_SESSIONS)"
+                return CallResult(CallKind.FULL, retry_after_s=AGAIN_S, error=error, local=True), None
+            case Refusal.BUSY:
+                error = "another worker has the conversation's session in hand"
+                return CallResult(CallKind.NOT_TAKEN, retry_after_s=AGAIN_S, error=error, local=True), None
+        self.creating.add(conversation_id)
+        try:
+            result, session = await self.api.create(call)
+            if session is not None:
+                await self.keep(conversation_id, session)
+            else:
+                await self._unclaim(conversation_id, ghost=result.kind is CallKind.UNKNOWN)
+        finally:
+            self.creating.discard(conversation_id)
+        return result, session
+
+    async def _unclaim(self, conversation_id: str, *, ghost: bool) -> None:
+        try:
+            await self.store.unclaim(conversation_id, self.owner, self._clock(), self.slots, ghost=ghost)
+        except Exception as error:  # noqa: BLE001 - the claim runs out by itself
+            _log.error(logs.STORE_FAILED, conversation_id=conversation_id, error=str(error))
 
     async def _call_on(
         self, conversation_id: str, session: Session, call: Say | CallInterrupt | InitClient | Close
@@ -122,9 +195,11 @@ class Desk:
                     await self.keep(conversation_id, replace(session, viewer=viewer))
                 return result, viewer
             case Close():
+                if not await self.retire(conversation_id, call.reason):
+                    return CallResult(CallKind.STALE), None
                 result = await self.api.end(session)
                 if result.kind in _ENDS_SESSION or call.last_attempt:
-                    await self.drop(conversation_id)
+                    await self.drop(conversation_id, ghost=result.kind not in _ENDS_SESSION)
                 return result, None
 
     # What is held.
@@ -140,26 +215,52 @@ class Desk:
             self.leases[conversation_id].noted = False
             _log.error(logs.STORE_FAILED, conversation_id=conversation_id, error=str(error))
 
-    async def drop(self, conversation_id: str) -> bool:
-        """Let go of a session that ends. False: it was not ours any more."""
+    async def retire(self, conversation_id: str, reason: EndReason, unused_since: float | None = None) -> bool:
+        """From now on nothing is said on the session. False: it is not ours any more, or was used after that time."""
+        lease = self.leases[conversation_id]
+        if lease.held.state is HeldState.READY:
+            if not await self.store.retire(lease.held, self.owner, reason, unused_since):
+                if unused_since is None:
+                    del self.leases[conversation_id]
+                return False
+            lease.held = replace(lease.held, state=HeldState.ENDING, reason=reason)
+        return True
+
+    async def lose(self, conversation_id: str) -> bool:
+        """The API does not know the session any more. False: it was not ours any more."""
+        lease = self.leases.get(conversation_id)
+        if lease is None or lease.held.session.attached or lease.held.state is HeldState.ENDING:
+            return await self.drop(conversation_id)
+        del self.leases[conversation_id]
+        return await self._noting(self.store.lose(lease.held, self.owner), conversation_id)
+
+    async def drop(self, conversation_id: str, *, ghost: bool = False) -> bool:
+        """Let go of a session that ends; a `ghost` may live on. False: it was not ours any more."""
         lease = self.leases.pop(conversation_id, None)
+        if lease is None:
+            return False
+        until = self._clock() + self.slots.ghost_s if ghost else None
+        return await self._noting(self.store.remove(lease.held, self.owner, until), conversation_id)
+
+    async def _noting(self, change: Awaitable[bool], conversation_id: str) -> bool:
         try:
-            return lease is not None and await self.store.remove(lease.held, self.owner)
+            return await change
         except Exception as error:  # noqa: BLE001 - a row too many is found out at its next use
             _log.error(logs.STORE_FAILED, conversation_id=conversation_id, error=str(error))
             return True
 
-    def hold(self, held: Held, *, last_success: float) -> None:
+    def hold(self, held: Held, *, last_success: float) -> Lease:
         """Note a session as ours, as the store has it."""
-        self.leases[held.conversation_id] = Lease(held, last_success, self._clock() + LEASE_S)
+        lease = self.leases[held.conversation_id] = Lease(held, last_success, self._clock() + LEASE_S)
+        return lease
 
-    def use(self, conversation_id: str) -> None:
-        """A command used the session: it is not idle, and needs no keep-alive for a while."""
+    def use(self, conversation_id: str, *, called: bool = True) -> None:
+        """A command used the session: it is not idle, and after a call it needs no keep-alive for a while."""
         lease = self.leases.get(conversation_id)
         if lease is not None:
             now = self._clock()
             lease.held = replace(lease.held, last_used=now)
-            lease.last_success = now
+            lease.last_success = now if called else lease.last_success
 
     # One call at a time.
 

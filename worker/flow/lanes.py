@@ -2,36 +2,57 @@
 
 import asyncio
 import contextvars
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import replace
+from typing import Any
+
+import structlog
 
 from worker.core import verdict
-from worker.core.book import Book
-from worker.core.lane import Lane
-from worker.core.memory import Memory
-from worker.core.model import Entry, Misfit
+from worker.core.breaker import Breaker
+from worker.core.model import Entry, Marker, Misfit
 from worker.core.work import Rules
+from worker.flow.backlog import LOOK_S, TICK_S, Backlog
+from worker.flow.deliveries import ExpressDelivery
 from worker.flow.desk import Desk
+from worker.flow.moved import Mark
 from worker.flow.runner import Runner
 from worker.flow.settler import Settler
-from worker.ports import Clock
+from worker.ops import logs
+from worker.ports import Clock, Ledger, Tenure
 
-PRUNE_S = 60.0
-REMEMBERED = 200_000
-"""Ended commands remembered in all: what a worker forgets beyond that would be spoken again if it were sent again."""
+_log = structlog.stdlib.get_logger(__name__)
 
 
 class Lanes:
     """Routes what is delivered to the runner of its conversation, by a plain call: no await between broker and lane."""
 
-    def __init__(self, rules: Rules, desk: Desk, settler: Settler, clock: Clock, *, keep_s: float) -> None:
+    def __init__(
+        self,
+        rules: Rules,
+        *,
+        desk: Desk,
+        ledger: Ledger,
+        backlog: Backlog,
+        settler: Settler,
+        mark: Mark,
+        clock: Clock,
+    ) -> None:
+        self.tenure_of: Callable[[int], Tenure | None] = lambda _: None
+        """The tenure under which this worker owns a partition just now, if it does: the inbox knows."""
+        self.disorders: Counter[str] = Counter()
+        """How often the numbers of chunks were not in order, by kind."""
         self._rules = rules
+        self._breaker = Breaker()
         self._desk = desk
+        self._ledger = ledger
+        self._backlog = backlog
         self._settler = settler
+        self._mark = mark
         self._clock = clock
-        self._keep_s = keep_s
         self._runners: dict[str, Runner] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._memories: dict[str, Memory] = {}
         self._stopping = False
 
     def offer(self, entry: Entry) -> None:
@@ -44,26 +65,105 @@ class Lanes:
             runner = self._start(conversation_id)
         runner.offer(entry)
 
+    def pass_through(self, marker: Marker) -> None:
+        """Take a marker: it has passed when all that came before it has ended."""
+        if not self._stopping:
+            (self._runners.get(marker.conversation_id) or self._start(marker.conversation_id)).pass_through(marker)
+
+    def hear(self, entry: Entry) -> None:
+        """Take the express copy of an interrupt; whoever does not own its conversation lets it pass."""
+        if self._stopping:
+            return
+        runner = self._runners.get(entry.command.conversation_id)
+        if runner is None or not runner.hear(entry):
+            task = asyncio.create_task(self._hear_idle(entry), context=contextvars.Context())
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _hear_idle(self, entry: Entry) -> None:
+        """Nobody serves the conversation here; it is ours if its partition is, and it may be speaking still."""
+        conversation_id = entry.command.conversation_id
+        try:
+            partition = await self._ledger.partition_of(conversation_id)
+        except Exception as error:  # noqa: BLE001 - whatever keeps us from knowing, the ordered copy comes
+            _log.error(logs.STORE_FAILED, conversation_id=conversation_id, error=str(error))
+            return
+        tenure = None if partition is None else self.tenure_of(partition)
+        if tenure is not None and not self._stopping:
+            runner = self._runners.get(conversation_id) or self._start(conversation_id)
+            runner.offer(replace(entry, delivery=ExpressDelivery(tenure)))
+
+    async def renew(self, conversation_id: str) -> None:
+        """The conversation's session is to be renewed: its lane does that, if its partition is ours."""
+        partition = await self._ledger.partition_of(conversation_id)
+        tenure = None if partition is None else self.tenure_of(partition)
+        if tenure is not None and not self._stopping and conversation_id not in self._runners:
+            self._start(conversation_id).summon(tenure)
+
+    async def run(self, knock: Callable[[int], Awaitable[None]]) -> None:
+        """Have the store keep what is held for long, and see to what it keeps of conversations nobody serves.
+
+        `knock` makes the owner of a partition learn that it is: where nothing is delivered, it cannot know.
+        """
+        looked = self._clock()
+        while not self._stopping:
+            await asyncio.sleep(TICK_S)
+            now = self._clock()
+            # While the API is down intake stops by holding: what is kept would be followed by more.
+            if self._breaker.hold_until(now) <= now:
+                for runner in self._runners.values():
+                    runner.keep(now)
+            if now - looked >= LOOK_S:
+                looked = now
+                try:
+                    await self._summon(knock)
+                except Exception as error:  # noqa: BLE001 - whatever it was, the next look is a second away
+                    _log.error(logs.STORE_FAILED, error=str(error))
+
+    async def _summon(self, knock: Callable[[int], Awaitable[None]]) -> None:
+        for partition, conversation_ids in (await self._backlog.conversations()).items():
+            tenure = self.tenure_of(partition)
+            if tenure is None:
+                await knock(partition)
+            elif not self._stopping:
+                for conversation_id in conversation_ids:
+                    (self._runners.get(conversation_id) or self._start(conversation_id)).summon(tenure)
+
     def reject(self, misfit: Misfit) -> None:
         """Take a message that is no command."""
         self._settler.submit([verdict.rejected(misfit)])
 
-    def forget(self, is_gone: Callable[[Entry], bool]) -> None:
-        """The connection these came through is lost: they will be delivered again."""
+    def forget(self, tenure: Tenure) -> None:
+        """The tenure has ended: what came under it and has not ended will be delivered again."""
+        self._backlog.forget(tenure)
         for runner in self._runners.values():
-            runner.forget(is_gone)
+            runner.forget(tenure)
+
+    async def leave(self, tenure: Tenure) -> None:
+        """Begin nothing more under the tenure; return when what was under way has ended and is acknowledged."""
+        under_way = [runner for runner in self._runners.values() if runner.is_calling_under(tenure)]
+        self.forget(tenure)
+        await asyncio.gather(*(runner.after_call() for runner in under_way))
+        await self._settler.settled(runner.conversation_id for runner in under_way)
+
+    @property
+    def hold_moved(self) -> bool:
+        """Whether any conversation waits here for what its old partition still has."""
+        return any(runner.holds_moved for runner in self._runners.values())
 
     def is_served(self, conversation_id: str) -> bool:
         """Whether the conversation has something to do here."""
         return conversation_id in self._runners
 
-    async def stop(self) -> None:
-        """Begin nothing new; return when what was under way has ended and is settled."""
+    async def stop(self, last: Callable[[], Coroutine[Any, Any, None]] | None = None) -> None:
+        """Begin nothing new; return when what was under way has ended and is settled. `last`: what to do before."""
         self._stopping = True
         for runner in self._runners.values():
             runner.stop()
         if self._tasks:
             await asyncio.wait(self._tasks)
+        if last is not None:
+            await last()
         await self._settler.drain()
 
     async def abandon(self) -> None:
@@ -75,30 +175,19 @@ class Lanes:
             await asyncio.wait(self._tasks)
         await self._settler.abandon()
 
-    async def prune(self) -> None:
-        """Forget, every minute, what is older than anybody may rely on."""
-        while True:
-            await asyncio.sleep(PRUNE_S)
-            self._prune(self._clock() - self._keep_s)
-
-    def _prune(self, before: float) -> None:
-        for conversation_id, memory in list(self._memories.items()):
-            memory.prune(before)
-            if not memory.ended and not memory.turns and conversation_id not in self._runners:
-                del self._memories[conversation_id]
-        surplus = sum(len(memory.ended) for memory in self._memories.values()) - REMEMBERED
-        for memory in self._memories.values():
-            if surplus <= 0:
-                break
-            oldest = list(memory.ended)[:surplus]
-            for message_id in oldest:
-                del memory.ended[message_id]
-            surplus -= len(oldest)
-
     def _start(self, conversation_id: str) -> Runner:
-        memory = self._memories.setdefault(conversation_id, Memory())
-        lane = Lane(Book(conversation_id, memory), self._rules)
-        runner = Runner(conversation_id, lane, self._desk, self._settler, self._clock)
+        runner = Runner(
+            conversation_id,
+            self._rules,
+            breaker=self._breaker,
+            desk=self._desk,
+            ledger=self._ledger,
+            backlog=self._backlog,
+            settler=self._settler,
+            mark=self._mark,
+            clock=self._clock,
+            disorders=self.disorders,
+        )
         self._runners[conversation_id] = runner
         # A context of its own: the log context of the delivery that happened to come first is not for the others.
         task = asyncio.create_task(self._serve(conversation_id, runner), context=contextvars.Context())

@@ -16,12 +16,22 @@ WORKER_STOPPING = "worker_stopping"
 WORKER_STOPPED = "worker_stopped"
 BROKER_CONNECTED = "broker_connected"
 BROKER_LOST = "broker_lost"
+BROKER_BLOCKED = "broker_blocked"
+BROKER_UNBLOCKED = "broker_unblocked"
+LINKS_SILENT = "links_silent"
+PARTITION_LOST = "partition_lost"
+CHUNKS_OUT_OF_ORDER = "chunks_out_of_order"
+PARTITION_HANDED_OVER = "partition_handed_over"
+CONVERSATION_MOVED = "conversation_moved"
+CONVERSATION_PASSED = "conversation_passed"
 DELIVERY_UNREADABLE = "delivery_unreadable"
 TIMESTAMP_IGNORED = "timestamp_ignored"
 COMMAND_PARKED = "command_parked"
 EVENT_LET_GO = "event_let_go"
 PARKING_FAILED = "parking_failed"
 ANSWER_FAILED = "answer_failed"
+KS_RENEWED = "ks_renewed"
+KS_FAILED = "ks_failed"
 CALL_FAILED = "call_failed"
 LANE_CRASHED = "lane_crashed"
 SETTLE_FAILED = "settle_failed"
@@ -29,7 +39,11 @@ STORE_FAILED = "store_failed"
 SESSION_ENDED = "session_ended"
 SESSION_ADOPTED = "session_adopted"
 
-_SECRETS = re.compile(r"(?i)\b(bearer|ks)\s+[\w.~+/=|-]{8,}|(?<=://)[^/@\s:]*:[^/@\s]*(?=@)")
+_SECRETS = re.compile(
+    r"(?i)\b(bearer|ks)\s+[\w.~+/=|-]{8,}|(?<=://)[^/@\s:]*:[^/@\s]*(?=@)"
+    # A Kaltura Session and a JWT, wherever they stand.
+    r"|(?-i:djJ8[\w+/=-]{8,}|eyJ[\w-]{8,}(\.[\w-]*){0,2})"
+)
 
 
 def redacted(text: str) -> str:

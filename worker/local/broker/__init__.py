@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 from worker.local.broker.base import Broker, BrokerError, Kind, OwnedBroker, handshake
 from worker.local.broker.container import IMAGE, Container, docker_answers
-from worker.local.broker.debian import install_rabbitmq
+from worker.local.broker.debian import install
 from worker.local.broker.node import PrivateNode, find_server
 
 __all__ = ["Broker", "BrokerError", "Kind", "OwnedBroker", "docker_answers", "find_broker", "find_server", "own_broker"]
@@ -89,7 +89,7 @@ def _installed_node(plugins: tuple[str, ...]) -> OwnedBroker:
     if find_server() is not None:
         raise BrokerError("it is installed already")
     _tell("installing rabbitmq-server with apt-get; this takes a minute or two, once")
-    install_rabbitmq()
+    install("rabbitmq-server")
     return _private_node(plugins)
 
 

@@ -1,4 +1,4 @@
-"""RabbitMQ by `apt-get`, as root or by a sudo that asks for nothing. Only the program: the system's node stays off."""
+"""A server by `apt-get`, as root or by a sudo that asks for nothing. Only the program: its service stays off."""
 
 import os
 import shutil
@@ -18,20 +18,20 @@ if [ ! -e "$policy" ]; then
   chmod 755 "$policy"
 fi
 apt-get update -qq
-apt-get install -y -qq --no-install-recommends rabbitmq-server
-if command -v systemctl >/dev/null; then systemctl disable --quiet rabbitmq-server; fi
+apt-get install -y -qq --no-install-recommends "$1"
+if command -v systemctl >/dev/null; then systemctl disable --quiet "$1"; fi
 """
 
 
-def install_rabbitmq() -> None:
-    """Installs the package `rabbitmq-server`, which takes a minute or two.
+def install(package: str) -> None:
+    """Installs the package of a server whose service has the same name; takes a minute or two.
 
     Raises:
         BrokerError: this is no Debian, we may not install here, or apt-get failed; the text holds its last lines.
     """
     if shutil.which("apt-get") is None:
         raise BrokerError("not installed: there is no apt-get here")
-    command = ["sh", "-c", _SCRIPT]
+    command = ["sh", "-c", _SCRIPT, "install", package]
     if os.geteuid() != 0:
         if not _sudo_works():
             raise BrokerError("not installed: neither root nor a sudo without password")

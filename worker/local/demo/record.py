@@ -104,9 +104,9 @@ def _wrong_with(conversation: Conversation, said: Said) -> Iterable[str]:
         yield f"the turns were said in the order {order}, published in the order {list(conversation.turns)}"
     interrupted = 0
     for turn in conversation.turns.values():
-        heard = _bare("".join(text for turn_id, text in said if turn_id == turn.id))
-        published = _bare(turn.text)
-        accepted = _bare("".join(text for token, text in turn.tokens.items() if token in turn.accepted))
+        heard = words("".join(text for turn_id, text in said if turn_id == turn.id))
+        published = words(turn.text)
+        accepted = words("".join(text for token, text in turn.tokens.items() if token in turn.accepted))
         if turn.outcome == "completed" and heard != published:
             yield f"turn {turn.number} was published as {turn.text!r} but said as {heard!r}"
         elif turn.outcome == "interrupted":
@@ -120,6 +120,6 @@ def _wrong_with(conversation: Conversation, said: Said) -> Iterable[str]:
         yield "a turn was interrupted that nobody interrupted"
 
 
-def _bare(text: str) -> str:
-    """Without white space: where a text is cut into pieces, blanks may go."""
-    return "".join(text.split())
+def words(text: str) -> str:
+    """The letters and digits alone: mark-up is not said, and blanks may go where a text is cut into pieces."""
+    return "".join(filter(str.isalnum, text))

@@ -3,6 +3,7 @@
 import statistics
 import time
 from collections.abc import Mapping
+from itertools import islice
 from typing import Any
 
 from rich.console import Console, Group
@@ -10,7 +11,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from worker.local.demo.record import Conversation, Record, Said, Turn
+from worker.local.demo.record import Conversation, Record, Said, Turn, words
 from worker.local.demo.witness import Testimony
 
 PRODUCER, WORKER, AVATAR, STAGE = "producer", "worker", "avatar", ""
@@ -78,8 +79,9 @@ class Timeline:
         line.append(f"{conversation.name:>6}  ", self._colours[conversation.name])
         if conversation.turns:
             turn = list(conversation.turns.values())[-1]
-            start = max(0, len(turn.text) - room)
-            line.append(turn.said[start:], "green").append(turn.text[max(start, len(turn.said)) :], "dim")
+            text = turn.said + _behind(turn.text, len(words(turn.said)))
+            start = max(0, len(text) - room)
+            line.append(turn.said[start:], "green").append(text[max(start, len(turn.said)) :], "dim")
         return line
 
     def _line(self, at: float, conversation: Conversation | None, actor: str, text: Text) -> None:
@@ -92,6 +94,12 @@ class Timeline:
         who = Text(name, self._colours.get(name, ""))
         line.add_row(f"{max(0, at - self._zero):.2f}", who, Text(actor, _ACTORS[actor]), text)
         self._console.print(line)
+
+
+def _behind(text: str, count: int) -> str:
+    """What stands behind so many letters and digits."""
+    places = (at for at, character in enumerate(text, 1) if character.isalnum())
+    return text[next(islice(places, count - 1, None), len(text)) if count else 0 :]
 
 
 def account(record: Record, testimony: Testimony, latency: str, wrong: list[str]) -> Group:

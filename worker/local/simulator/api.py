@@ -20,6 +20,7 @@ from worker.local.simulator.model import CREATE, SAY_TEXT, Call, Session, World
 BASE_PATH: Final = "/v1/avatar-session"
 
 BAD_KS: Final = "Invalid Kaltura Session"
+KS_NOT_AUTHORIZED: Final = "Kaltura Session not authorized"
 BAD_TOKEN: Final = "Invalid or expired token"  # noqa: S105  the vendor's error text, not a secret
 NOT_FOUND: Final = "Session not found"
 ENDED: Final = "Session ended"
@@ -155,8 +156,7 @@ def _parse(model: type[_Body], call: Call, headers: Mapping[str, str]) -> _Body:
 
 def _create(world: World, call: Call, headers: Mapping[str, str], now: float) -> Answer:
     settings = world.settings
-    if _credential(headers, "KS", BAD_KS) != settings.ks:
-        raise Refusal(401, BAD_KS)
+    _judge_ks(world, _credential(headers, "KS", BAD_KS), now)
     body = _parse(_Create, call, headers)
     avatar_id = body.visual_config.get(settings.avatar_field)
     if not avatar_id or len(body.visual_config) > 1:
@@ -172,6 +172,17 @@ def _create(world: World, call: Call, headers: Mapping[str, str], now: float) ->
     world.open(call, Session(session_id, avatar_id, voice, token, expires, created=now, last_active=now))
     world.accept(call, now)
     return Answer.of(200, {"success": True, "sessionId": session_id, "token": token})
+
+
+def _judge_ks(world: World, ks: str, now: float) -> None:
+    issued = world.issued.get(ks)
+    if issued is not None:
+        if not issued.good(now):
+            raise Refusal(401, BAD_KS)
+        if not issued.admin:
+            raise Refusal(403, KS_NOT_AUTHORIZED)
+    elif ks != world.settings.ks:
+        raise Refusal(401, BAD_KS)
 
 
 def _voice(body: _Create, known: tuple[str, ...]) -> dict[str, str | float] | None:

@@ -89,6 +89,12 @@ def _parser() -> argparse.ArgumentParser:
         default=os.environ.get("AVATAR_KS") or default.ks,
         help="expected Kaltura Session (AVATAR_KS or demo-ks)",
     )
+    add("--partner-id", type=int, default=default.partner_id, metavar="N", help="of the KS service (%(default)s)")
+    add("--admin-secret", default=default.admin_secret, help="session.start takes it (%(default)s)")
+    add("--app-token-id", default=default.app_token_id, help="(%(default)s)")
+    add("--app-token", default=default.app_token, help="(%(default)s)")
+    add("--app-token-hash", default=default.app_token_hash, help="MD5, SHA1, SHA256 or SHA512 (%(default)s)")
+    add("--ks-life-s", type=float, default=default.ks_life_s, metavar="S", help="at most (%(default)s)")
     add("--latency-ms", type=float, default=default.latency_ms, metavar="MS", help="of every answer (%(default)s)")
     add("--session-limit", type=int, default=default.session_limit, metavar="N", help="open sessions; 0: no limit")
     add("--idle-timeout-s", type=float, default=default.idle_timeout_s, metavar="S", help="(%(default)s); 0: never")

@@ -8,6 +8,7 @@
 | `POST /_control/sessions/{id}/expire` | its token is expired: 401 from now on |
 | `POST /_control/sessions/{id}/end` | it is over: 410 from now on |
 | `POST /_control/sessions/{id}/forget` | it is unknown: 404 from now on |
+| `POST /_control/ks/expire`, `…/ks/revoke` | whatever the KS service has made so far is refused; `{"refused": N}` |
 | `GET /_control/wait?calls=N` | waits until N calls reached a stage: see `Wait` |
 | `POST /_control/faults` | queues a fault or a list of them: see `faults.Fault` |
 | `GET /_control/faults` | the queue: each fault, how often it `struck`, how often it is `left` to |
@@ -28,7 +29,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from worker.local.simulator import transcript
 from worker.local.simulator.api import Answer, Refusal
 from worker.local.simulator.faults import Armed, Fault, FaultQueue
-from worker.local.simulator.model import Session, Settings, Stage, World, count
+from worker.local.simulator.model import IssuedKs, Route, Session, Settings, Stage, World, count
 
 PREFIX: Final = "/_control/"
 
@@ -40,7 +41,7 @@ class Wait(BaseModel):
 
     calls: int = Field(ge=1)
     """Since the start or the last reset."""
-    route: Literal["*", "create", "init-client", "say-text", "interrupt", "keep-alive", "end"] = "*"
+    route: Route | Literal["*"] = "*"
     stage: Stage = "accepted"
     """`begun` counts calls that have arrived, `accepted` those that took effect, `finished` those that run no more."""
     session: str | None = None
@@ -68,6 +69,8 @@ class Control:
             ("POST", "release"): self._release,
             ("POST", "settings"): self._change,
             ("POST", "reset"): self._reset,
+            ("POST", "ks/expire"): self._expire_ks,
+            ("POST", "ks/revoke"): self._revoke_ks,
         }
 
     async def handle(self, request: web.BaseRequest) -> Answer:
@@ -83,8 +86,8 @@ class Control:
         name, _, rest = request.path.removeprefix(PREFIX).partition("/")
         if name == "sessions":
             return self._session(request.method, *rest.split("/", 1))
-        route = self._routes.get((request.method, name))
-        if route is None or rest:
+        route = self._routes.get((request.method, f"{name}/{rest}" if rest else name))
+        if route is None:
             raise Refusal(404, f"no control route {request.method} {request.path}")
         return await route(request)
 
@@ -119,13 +122,28 @@ class Control:
     async def _change(self, request: web.BaseRequest) -> object:
         changed = self.world.settings.model_dump() | _PATCH.validate_json(await request.read())
         self.world.settings = Settings.model_validate_json(json.dumps(changed))
-        return self.world.settings.model_dump(exclude={"ks"})
+        return self.world.settings.model_dump(exclude={"ks", "admin_secret", "app_token"})
 
     async def _reset(self, _: web.BaseRequest) -> object:
         self.faults.release()
         self.world = World(self._initial)
         self.faults = FaultQueue()
         return {}
+
+    async def _expire_ks(self, _: web.BaseRequest) -> object:
+        good = self._good_ks()
+        for issued in good:
+            issued.expires = time.monotonic()
+        return {"refused": len(good)}
+
+    async def _revoke_ks(self, _: web.BaseRequest) -> object:
+        good = self._good_ks()
+        for issued in good:
+            issued.revoked = True
+        return {"refused": len(good)}
+
+    def _good_ks(self) -> list[IssuedKs]:
+        return [issued for issued in self.world.issued.values() if issued.good(time.monotonic())]
 
     def _find(self, session_id: str) -> Session:
         session = self.world.sessions.get(session_id)

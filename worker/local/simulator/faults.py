@@ -9,14 +9,14 @@ from typing import Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from worker.local.simulator.api import BAD_KS, BAD_TOKEN, ENDED, NOT_FOUND, TEXT_REQUIRED, Answer
-from worker.local.simulator.model import CREATE, Call
+from worker.local.simulator.api import BAD_KS, BAD_TOKEN, ENDED, KS_NOT_AUTHORIZED, NOT_FOUND, TEXT_REQUIRED, Answer
+from worker.local.simulator.model import CREATE, Call, Route
 
 _GONE_POLL_S: Final = 0.02
 _ERRORS: Final = {
     400: TEXT_REQUIRED,
     401: BAD_TOKEN,
-    403: "Kaltura Session not authorized",
+    403: KS_NOT_AUTHORIZED,
     404: NOT_FOUND,
     410: ENDED,
     429: "Too many requests",
@@ -49,7 +49,7 @@ class Fault(BaseModel):
 
     kind: Literal["latency", "status", "refuse", "exception", "garbage", "hang", "drop"]
     when: Literal["before", "after"] = "before"
-    route: Literal["*", "create", "init-client", "say-text", "interrupt", "keep-alive", "end"] = "*"
+    route: Route | Literal["*"] = "*"
     session: str | None = None
     """Only calls of this session id."""
     avatar: str | None = None

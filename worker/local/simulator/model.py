@@ -9,11 +9,17 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Literal
+from urllib.parse import parse_qsl
 
 from pydantic import BaseModel, ConfigDict, Field
 
 CREATE = "create"
 SAY_TEXT = "say-text"
+KS_START, KS_WIDGET, KS_APP_TOKEN = "ks-start", "ks-widget", "ks-app-token"
+Route = Literal[
+    "create", "init-client", "say-text", "interrupt", "keep-alive", "end", "ks-start", "ks-widget", "ks-app-token"
+]
+_SECRET_FIELDS = ("secret", "ks", "tokenHash")
 Stage = Literal["begun", "accepted", "finished"]
 Tally = Counter[tuple[str, Stage]]
 
@@ -24,7 +30,16 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
     ks: str | None = Field("demo-ks", repr=False)
-    """The Kaltura Session `create` expects; None: every one is refused, as after a revocation. It may be a real one."""
+    """The stored Kaltura Session that `create` takes, besides those of the KS service; None: no such, as after a
+    revocation. It may be a real one."""
+    partner_id: int = Field(101, ge=1)
+    admin_secret: str = Field("demo-secret", repr=False)
+    app_token_id: str = "0_demo"  # noqa: S105  an id, not a token
+    app_token: str | None = Field("demo-app-token", repr=False)
+    """None: it is not active."""
+    app_token_hash: Literal["MD5", "SHA1", "SHA256", "SHA512"] = "SHA256"  # noqa: S105  the name of a hash
+    ks_life_s: float = Field(86_400, gt=0)
+    """Of a KS that the KS service makes, at most."""
     latency_ms: float = Field(0, ge=0)
     session_limit: int = Field(0, ge=0)
     """Open sessions at once; 0: no limit."""
@@ -42,8 +57,22 @@ class Settings(BaseModel):
 
 
 @dataclass(slots=True, eq=False)
+class IssuedKs:
+    """A Kaltura Session that the KS service has made; `expires` by `time.monotonic()`."""
+
+    admin: bool
+    """Whether it may create avatar sessions: type 2, entitlement disabled."""
+    expires: float
+    revoked: bool = False
+
+    def good(self, now: float) -> bool:
+        """Whether it is taken at all."""
+        return not self.revoked and now < self.expires
+
+
+@dataclass(slots=True, eq=False)
 class Call:
-    """One request to the Avatar API. It counts as running from `begun` to `ended`."""
+    """One request to the Avatar API, or to the KS service. It counts as running from `begun` to `ended`."""
 
     number: int
     """From 1, over all sessions, in order of arrival."""
@@ -60,8 +89,14 @@ class Call:
     fault: str | None = None
     error: str | None = None
 
+    def form(self) -> dict[str, str]:
+        """What was sent to the KS service."""
+        return dict(parse_qsl(self.raw.decode(errors="replace"), keep_blank_values=True))
+
     def body(self) -> object:
-        """What was sent, as JSON if it is. Read when somebody asks: a call itself does not pay for it."""
+        """What was sent, as JSON if it is; of a form without the secrets. Read when asked for: a call pays nothing."""
+        if self.route in (KS_START, KS_WIDGET, KS_APP_TOKEN):
+            return {name: "…" if name in _SECRET_FIELDS else value for name, value in self.form().items()}
         try:
             body: object = json.loads(self.raw)
         except (ValueError, RecursionError):
@@ -135,6 +170,7 @@ class World:
         self.settings = settings
         self.calls: list[Call] = []
         self.sessions: dict[str, Session] = {}
+        self.issued: dict[str, IssuedKs] = {}
         self.tally: Tally = Counter()
         self.statuses: Counter[tuple[str, int]] = Counter()
         self._epoch_offset_s = time.time() - time.monotonic()

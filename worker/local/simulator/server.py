@@ -6,9 +6,11 @@ from typing import Final
 
 from aiohttp import web
 
-from worker.local.simulator.api import BASE_PATH, SESSION_ROUTES, Answer, perform
+from worker.local.simulator import api, ks
+from worker.local.simulator.api import BASE_PATH, SESSION_ROUTES, Answer
 from worker.local.simulator.control import PREFIX, Control
 from worker.local.simulator.faults import Fault, FaultQueue
+from worker.local.simulator.ks import KS_PATH
 from worker.local.simulator.model import CREATE, Call, Settings, World
 
 _UNKNOWN: Final = "?"
@@ -24,7 +26,7 @@ class Simulator:
     async def handle(self, request: web.BaseRequest) -> web.Response:
         """Answer one HTTP request."""
         path = request.raw_path
-        if path.startswith(BASE_PATH):
+        if path.startswith((BASE_PATH, KS_PATH)):
             return await self._serve(request)
         if path.startswith(PREFIX):
             return _response(await self._control.handle(request))
@@ -61,6 +63,7 @@ class Simulator:
 
 async def _true(world: World, call: Call, request: web.BaseRequest) -> Answer:
     """What the rules say, after everybody's latency. The effect comes first: a caller that hangs up still had it."""
+    perform = ks.perform if call.path.startswith(KS_PATH) else api.perform
     answer = perform(world, call, request.headers)
     if world.settings.latency_ms:
         await asyncio.sleep(world.settings.latency_ms / 1000)
@@ -102,6 +105,8 @@ def _response(answer: Answer, call: Call | None = None) -> web.Response:
 
 def _locate(path: str, create_path: str) -> tuple[str, str | None]:
     """The route and session id of a path below the base path."""
+    if path.startswith(KS_PATH):
+        return ks.ROUTES.get(path.removeprefix(KS_PATH), _UNKNOWN), None
     below = path.removeprefix(BASE_PATH)
     if below == create_path:
         return CREATE, None

@@ -1,0 +1,239 @@
+"""How soon pieces of speech leave, how many calls they take, and whether anything piles up.
+
+    python -m benchmarks.speech                         40 tokens/s in 50 conversations, API latency 40 and 150 ms
+    python -m benchmarks.speech --conversations 500 --partitions 8 --latencies-ms 40
+
+A private RabbitMQ (or the one in AMQP_URL, which should be fresh), the simulator and one worker, each a process. A
+piece is *decided* when the token that its cut depends on is published, and *leaves* when its call reaches the
+simulator, so the time between includes the broker, the ledger and this script's own delays. The sessions are there
+before the first word.
+"""
+
+import argparse
+import asyncio
+import json
+import re
+import statistics
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+from urllib.parse import urljoin
+
+import aio_pika
+import aiohttp
+from aio_pika.abc import AbstractExchange, AbstractIncomingMessage
+
+from worker.core.shaping.shaper import Shaper, Shaping
+from worker.local.broker import find_broker
+from worker.local.broker.base import free_port
+from worker.local.demo.processes import Backstage
+
+ANSWER = """## Tides in short
+
+The Moon pulls the water on the near side of the Earth **a little harder** than the Earth itself, and the Earth a \
+little harder than the water on the far side. So there are *two* bulges, and the Earth turns below them once a day. \
+That is why most coasts see high water twice, about 12 hours and 25 minutes apart.
+
+- The **Sun** does the same, with not quite half the strength.
+- At new and full Moon both pull in line: those are *spring tides*.
+- At half Moon they pull across each other, and the tides are small.
+
+How high the water rises in a harbour has more to do with the shape of the sea bed than with the sky. In a funnel like \
+the Bay of Fundy the wave is squeezed until it stands 16 metres tall; in the middle of the ocean you would not notice \
+half a metre. If you want the times for a place, ask for its tide table: it is computed from years of measurements, \
+and it is right to a few minutes unless a storm interferes.
+"""
+TOKENS = re.findall(r"\s*\S{1,4}|\s+", ANSWER)
+PAUSE_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One answer: when each of its tokens was published (epoch seconds)."""
+
+    conversation: str
+    id: str
+    published: list[float] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Load:
+    """What was published, and what the events say of it."""
+
+    turns: list[Turn] = field(default_factory=list)
+    chunks: int = 0
+    ended: int = 0
+    ready: set[str] = field(default_factory=set)
+    completed: int = 0
+    waiting: list[int] = field(default_factory=list)
+    news: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        """Return when that is so."""
+        async with asyncio.timeout(60):
+            while not condition():
+                self.news.clear()
+                await self.news.wait()
+
+    async def hear(self, message: AbstractIncomingMessage) -> None:
+        """One event."""
+        event = json.loads(message.body)
+        if event["type"].startswith("avatar.speech."):
+            self.ended += len(event["data"]["commandIds"])
+        elif event["type"] == "avatar.session.ready":
+            self.ready.add(event["subject"])
+        elif event["type"] == "avatar.turn.completed":
+            self.completed += 1
+        self.news.set()
+
+
+def decided_at() -> Iterator[int]:
+    """For each piece of the answer, which token decides it."""
+    shaper = Shaper(Shaping())
+    for number, token in enumerate(TOKENS):
+        yield from (number for _ in shaper.push(token))
+    yield from (len(TOKENS) - 1 for _ in shaper.finish())
+
+
+async def publish(exchange: AbstractExchange, conversation: str, body: dict[str, Any]) -> None:
+    """One command."""
+    message = aio_pika.Message(
+        json.dumps(body).encode(),
+        delivery_mode=aio_pika.DeliveryMode.PERSISTENT,
+        message_id=uuid.uuid4().hex,
+        headers={"published-at-ms": time.time_ns() // 1_000_000},
+    )
+    await exchange.publish(message, conversation)
+
+
+async def converse(exchange: AbstractExchange, load: Load, conversation: str, rate: float, until: float) -> None:
+    """Answers, one after the other, a token every 1/rate seconds."""
+    while time.time() < until:
+        turn = Turn(conversation, uuid.uuid4().hex)
+        load.turns.append(turn)
+        begun = time.time()
+        for number, token in enumerate(TOKENS):
+            await asyncio.sleep(begun + number / rate - time.time())
+            turn.published.append(time.time())
+            load.chunks += 1
+            final = number == len(TOKENS) - 1
+            await publish(exchange, conversation, {"turnId": turn.id, "text": token, "isFinal": final})
+        await asyncio.sleep(PAUSE_S)
+
+
+async def drive(url: str, args: argparse.Namespace) -> Load:
+    """Let all conversations speak; return when all has ended, or a minute later."""
+    load = Load()
+    names = [f"bench-{number}" for number in range(args.conversations)]
+    async with await aio_pika.connect(url) as connection:
+        channel = await connection.channel(publisher_confirms=False)
+        commands = await channel.get_exchange("avatar.commands")
+        queue = await channel.declare_queue(exclusive=True)
+        await queue.bind("avatar.events", "#")
+        await queue.consume(load.hear, no_ack=True)
+        for name in names:
+            await publish(commands, name, {"type": "session.start"})
+        await load.until(lambda: len(load.ready) == len(names))
+        begun = time.time()
+        speakers = []
+        for number, name in enumerate(names):  # spread over the first second
+            await asyncio.sleep(begun + number / len(names) - time.time())
+            speakers.append(asyncio.create_task(converse(commands, load, name, args.rate, begun + args.seconds)))
+        while not all(speaker.done() for speaker in speakers):
+            load.waiting.append(load.chunks - load.ended)
+            await asyncio.sleep(0.25)
+        await load.until(lambda: load.completed == len(load.turns))
+    return load
+
+
+async def measure(url: str, folder: Path, latency_ms: int, args: argparse.Namespace) -> tuple[Load, dict[str, Any]]:
+    """One run: simulator, worker, load; what was published and the simulator's transcript."""
+    backstage = Backstage(folder, hidden=("AVATAR_", "VOICE_", "SPEECH_", "FLOW_"))
+    async with AsyncExitStack() as stack:
+        settings = {"AVATAR_KS": "bench", "AVATAR_ID": "bench"}
+        simulator = backstage.running(
+            "simulator", "-m", "worker", "simulator", "--port", "0", "--latency-ms", str(latency_ms), settings=settings
+        )
+        api_url = await (await stack.enter_async_context(simulator)).logged(r"listening on (\S+)")
+        port = free_port()
+        settings |= {
+            "AMQP_URL": url,
+            "AVATAR_BASE_URL": api_url,
+            "OPS_PORT": str(port),
+            "PARTITIONS": str(args.partitions),
+            "STORE_URL": f"sqlite:///{folder / f'{latency_ms}.db'}",
+        }
+        worker = await stack.enter_async_context(backstage.running("worker", "-m", "worker", "run", settings=settings))
+        await worker.answers(f"http://127.0.0.1:{port}/readyz")
+        load = await drive(url, args)
+        async with aiohttp.ClientSession() as http, http.get(urljoin(api_url, "/_control/transcript")) as answer:
+            return load, await answer.json()
+
+
+def report(latency_ms: int, load: Load, transcript: dict[str, Any]) -> dict[str, float]:
+    """The figures of a run."""
+    deciding = list(decided_at())
+    begun: dict[str, list[float]] = {}
+    for session in transcript["sessions"]:
+        for call in session["calls"]:
+            if call["route"] == "say-text" and call["effect"]:
+                begun.setdefault(call["body"]["turnId"], []).append(call["begun_epoch_s"])
+    first, all_, whole = [], [], 0
+    for turn in load.turns:
+        calls = begun.get(turn.id, [])
+        if len(calls) == len(deciding):  # else a stall has cut it otherwise
+            whole += 1
+            late = [1000 * (at - turn.published[token]) for at, token in zip(calls, deciding, strict=True)]
+            first.append(late[0])
+            all_ += late
+    if not whole:
+        raise SystemExit(
+            f"every answer stalled: {len(deciding)} pieces were to be, calls {[*map(len, begun.values())]}"
+        )
+    third = len(load.waiting) // 3
+    return {
+        "api latency ms": latency_ms,
+        "turns": len(load.turns),
+        "cut by text alone": whole,
+        "chunks": load.chunks,
+        "calls": sum(map(len, begun.values())),
+        "chunks per call": round(load.chunks / sum(map(len, begun.values())), 1),
+        "first piece p50 ms": round(statistics.median(first), 1),
+        "first piece p95 ms": round(statistics.quantiles(first, n=20)[18], 1),
+        "any piece p50 ms": round(statistics.median(all_), 1),
+        "any piece p95 ms": round(statistics.quantiles(all_, n=20)[18], 1),
+        "waiting chunks, 1st third": round(statistics.mean(load.waiting[:third])),
+        "waiting chunks, last third": round(statistics.mean(load.waiting[-third:])),
+        "overlapping calls": transcript["counters"]["overlaps"]["say"],
+    }
+
+
+def main() -> int:
+    """Measure, and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--conversations", type=int, default=50)
+    parser.add_argument("--rate", type=float, default=40, help="tokens a second in each conversation (default: 40)")
+    parser.add_argument("--seconds", type=float, default=20, help="begin no answer later than that (default: 20)")
+    parser.add_argument("--partitions", type=int, default=1)
+    parser.add_argument("--latencies-ms", type=int, nargs="+", default=[40, 150])
+    args = parser.parse_args()
+    rows = []
+    with find_broker() as broker, TemporaryDirectory(prefix="avatar-bench-") as folder:
+        sys.stdout.write(f"RabbitMQ {broker.version}, {broker.kind}; Python {sys.version.split()[0]}\n")
+        for latency_ms in args.latencies_ms:
+            place = Path(folder) / str(latency_ms)
+            place.mkdir()
+            rows.append(report(latency_ms, *asyncio.run(measure(broker.url, place, latency_ms, args))))
+    for name in rows[0]:
+        sys.stdout.write(f"{name:28}" + "".join(f"{row[name]:>10}" for row in rows) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,287 @@
+"""Sessions of a fleet: created once, counted, taken over; and everything a `session.start` may meet."""
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from tests.flow.conftest import Fleet, Flow
+from tests.support.conversation import RULES
+from tests.support.fakes import until
+from worker.core.model import CallKind, CallResult, ReplyTo, Session
+from worker.core.work import Close, Open
+from worker.ports import Slots
+
+OPEN = Open("ann", "v1", None)
+DOWN = CallResult(CallKind.NOT_TAKEN, 503)
+GONE = CallResult(CallKind.GONE, 410)
+LOST_ANSWER = CallResult(CallKind.UNKNOWN)
+REPLY = ReplyTo("answers", "corr", 30_000)
+
+
+def answers(flow: Flow) -> list[dict[str, object]]:
+    return [payload for what, (_, payload) in ((what, it) for what, it in flow.outbox.log if what == "answer")]
+
+
+def start(flow: Flow, **fields: Any) -> None:
+    flow.offer(type="session.start", reply_to=REPLY, **fields)
+
+
+class TestStart:
+    async def test_twice(self, flow: Flow) -> None:
+        start(flow)
+        start(flow)
+        await flow.all_settled()
+        assert flow.api.verbs() == ["create"]
+        first, second = answers(flow)
+        assert first == second == {"sessionId": "s1", "token": "token"}
+
+    @pytest.mark.parametrize("first", ["start", "speak"])
+    async def test_racing_with_speech(self, flow: Flow, first: str) -> None:
+        if first == "start":
+            start(flow)
+        flow.speak("Hello.", final=True)
+        if first == "speak":
+            start(flow)
+        await flow.all_settled()
+        assert flow.api.verbs() == ["create", "say"]
+        assert [answer["sessionId"] for answer in answers(flow)] == ["s1"]
+
+    async def test_with_another_avatar(self, flow: Flow) -> None:
+        start(flow)
+        start(flow, avatarId="bob")
+        await flow.all_settled()
+        assert flow.api.verbs() == ["create", "end", "create"]
+        assert [answer["sessionId"] for answer in answers(flow)] == ["s1", "s2"]
+        assert flow.outbox.told == ["session.ready", "session.ended", "session.ready"]
+
+    async def test_after_a_loss(self, flow: Flow) -> None:
+        start(flow, avatarId="bob", voiceId="v2")
+        await flow.all_settled()
+        flow.api.results["keep_alive"] = [GONE]
+        flow.clock.now += 11
+        await flow.tick()
+        start(flow)
+        await flow.all_settled()
+        assert [answer["sessionId"] for answer in answers(flow)] == ["s1", "s2"]
+        ready = [event.data for event in flow.told("session.ready")]
+        assert [getattr(data, "avatar_id", None) for data in ready] == ["bob", "bob"]
+        assert not await flow.store.ghosts()
+
+    @pytest.mark.parametrize(
+        ("outcome", "error"),
+        [
+            (CallResult(CallKind.REFUSED, 400, error="no such avatar"), "refused"),
+            (CallResult(CallKind.DENIED, 401), "credentials"),
+        ],
+    )
+    async def test_with_an_api_that_refuses(self, flow: Flow, outcome: CallResult, error: str) -> None:
+        flow.api.results["create"] = [outcome]
+        start(flow)
+        await flow.all_settled()
+        (answer,) = answers(flow)
+        assert str(answer["error"]).startswith(error)
+        assert not await flow.store.rows(), "no slot is kept for what was surely not created"
+
+    async def test_without_anybody_listening(self, flow: Flow) -> None:
+        flow.offer(type="session.start")
+        await flow.all_settled()
+        assert answers(flow) == []
+        assert flow.outbox.told == ["session.ready"]
+
+
+class TestCreateOnce:
+    async def test_two_workers_create_one(self, flow: Flow, fleet: Fleet) -> None:
+        other = fleet.join("w2")
+        gate = flow.api.gates["create"] = asyncio.Event()
+        creating = asyncio.create_task(flow.call("c1", OPEN))
+        await until(lambda: flow.api.calls)
+        result, _ = await other.call("c1", OPEN)
+        assert (result.kind, result.local, other.api.calls) == (CallKind.NOT_TAKEN, True, [])
+        gate.set()
+        _, session = await creating
+        assert await other.call("c1", OPEN) == (CallResult(CallKind.OK, local=True), session)
+        assert other.api.calls == []
+        assert set(other.desk.leases) == {"c1"}
+
+    async def test_a_claim_lasts_as_long_as_its_create(self, flow: Flow, fleet: Fleet) -> None:
+        other = fleet.join("w2")
+        gate = flow.api.gates["create"] = asyncio.Event()
+        creating = asyncio.create_task(flow.call("c1", OPEN))
+        await until(lambda: flow.api.calls)
+        for _ in range(19):
+            flow.clock.now += 1
+            await flow.tick()
+            await other.tick()
+        assert (await other.call("c1", OPEN))[0].kind is CallKind.NOT_TAKEN
+        gate.set()
+        assert (await creating)[0].kind is CallKind.OK
+        assert await flow.store.ghosts() == 0
+
+    async def test_one_that_is_cut_is_made_again_and_its_ghost_counts(self, fleet: Fleet) -> None:
+        dead, other = (fleet.join(name, slots=Slots(2, ghost_s=60.0)) for name in ("dead", "w2"))
+        dead.api.gates["create"] = asyncio.Event()
+        creating = asyncio.create_task(dead.call("c1", OPEN))
+        await until(lambda: dead.api.calls)
+        creating.cancel()
+        await asyncio.wait([creating])
+        assert (await other.call("c1", OPEN))[0].kind is CallKind.NOT_TAKEN, "it may still be under way"
+        other.clock.now += 7
+        assert (await other.call("c1", OPEN))[0].kind is CallKind.OK
+        assert (await other.call("c2", OPEN))[0].kind is CallKind.FULL
+        other.clock.now += 54
+        assert (await other.call("c2", OPEN))[0].kind is CallKind.OK
+
+    async def test_an_answer_that_was_lost_leaves_a_ghost(self, fleet: Fleet) -> None:
+        flow = fleet.join("w1", slots=Slots(1))
+        flow.api.results["create"] = [LOST_ANSWER]
+        await flow.call("c1", OPEN)
+        assert (await flow.call("c2", OPEN))[0].kind is CallKind.FULL
+        flow.clock.now += 61
+        assert (await flow.call("c2", OPEN))[0].kind is CallKind.OK
+
+    async def test_without_the_store_nothing_is_created(self, flow: Flow) -> None:
+        flow.store.way.broken = True
+        result, _ = await flow.call("c1", OPEN)
+        assert (result.kind, result.local, flow.api.calls) == (CallKind.NOT_TAKEN, True, [])
+
+
+class TestSlots:
+    async def test_never_more_than_there_may_be_and_all_get_one_in_their_turn(self, fleet: Fleet) -> None:
+        flow = fleet.join("w1", slots=Slots(2))
+        talks = [f"c{n}" for n in range(5)]
+        for name in talks:
+            flow.offer(conversation_id=name, type="session.start")
+            flow.offer(conversation_id=name, type="session.end")
+        most = 0
+        while not all(delivery.settled for delivery in flow.deliveries):
+            most = max(most, len([row for row in (await flow.store.rows()).values() if row.state != "waiting"]))
+            flow.clock.now += 0.1
+            await asyncio.sleep(0.005)
+        assert flow.outbox.told.count("session.ready") == 5
+        assert flow.api.verbs().count("create") == 5
+        assert most <= 2
+
+    async def test_who_waits_too_long_is_told(self, fleet: Fleet) -> None:
+        flow = fleet.join("w1", slots=Slots(1))
+        await flow.call("taken", OPEN)
+        start(flow)
+        while not flow.deliveries[0].settled:
+            flow.clock.now += 0.5
+            await asyncio.sleep(0.005)
+        (answer,) = answers(flow)
+        assert answer["error"] == "capacity: all 1 sessions are in use (AVATAR_MAX_SESSIONS)"
+        assert flow.api.verbs() == ["create"]
+
+    async def test_one_that_could_not_be_ended_counts_for_a_while(self, fleet: Fleet) -> None:
+        flow = fleet.join("w1", slots=Slots(1))
+        await flow.call("c1", OPEN)
+        flow.api.results["end"] = [DOWN]
+        await flow.call("c1", Close(last_attempt=True))
+        assert (await flow.call("c2", OPEN))[0].kind is CallKind.FULL
+
+
+class TestTakingOver:
+    async def test_one_that_was_being_ended_is_ended_and_told(self, flow: Flow, fleet: Fleet) -> None:
+        dead = fleet.join("dead")
+        await dead.call("c1", OPEN)
+        dead.clock.now += 301
+        dead.api.gates["end"] = asyncio.Event()
+        dead.keeper._mind_sessions()
+        await until(lambda: "end" in dead.api.verbs())
+        for task in dead.keeper._busy.values():
+            task.cancel()
+        await asyncio.wait(list(dead.keeper._busy.values()))
+        dead.desk.leases.clear()
+        for _ in range(10):
+            flow.clock.now += 1
+            await flow.tick()
+        assert flow.api.verbs() == ["end"]
+        assert flow.outbox.told == ["session.ended"]
+        assert not await flow.store.rows()
+
+    async def test_a_conversation_whose_session_is_being_ended_waits_for_that(self, flow: Flow) -> None:
+        await flow.call("c1", OPEN)
+        await flow.store.change("c1", state="ending", reason="idle", owner="dead", lease_until=0.0)
+        flow.desk.leases.clear()
+        flow.speak("Hello.", final=True)
+        while not flow.deliveries[0].settled:
+            flow.clock.now += 0.5
+            await flow.tick()
+            await asyncio.sleep(0.005)
+        assert flow.api.verbs() == ["create", "end", "create", "say"]
+
+    async def test_an_old_store_is_cleared_of_what_nobody_needs(self, fleet: Fleet) -> None:
+        old = fleet.join("old")
+        await old.call("c1", OPEN)
+        await old.store.release("old")
+        old.desk.leases.clear()
+        old.clock.now += 86_400
+        now = fleet.join("now")
+        await now.tick()
+        assert now.api.verbs() == ["end"]
+        assert not await now.store.rows()
+
+    async def test_an_idle_end_and_a_word_meanwhile_never_meet(self, flow: Flow, fleet: Fleet) -> None:
+        """Another worker has used the session since this one looked."""
+        flow.speak("Hello.", final=True)
+        await flow.all_settled()
+        adopter = fleet.join("w2")
+        await adopter.desk.recall("c1")
+        lease = adopter.desk.leases["c1"]
+        flow.clock.now += 299
+        flow.speak("Still here.", turn_id="t2", final=True)
+        await flow.all_settled()
+        flow.clock.now += 2
+        await adopter.desk.recall("c1")
+        lease = adopter.desk.leases["c1"]
+        object.__setattr__(lease.held, "last_used", flow.clock() - 301)
+        await adopter.tick()
+        assert "end" not in adopter.api.verbs()
+
+    async def test_a_worker_that_stops_may_end_its_sessions(self, flow: Flow) -> None:
+        await flow.call("c1", OPEN)
+        await flow.call("c2", OPEN)
+        await flow.lanes.stop(flow.keeper.end_all)
+        assert flow.api.verbs().count("end") == 2
+        assert [getattr(event.data, "reason", None) for event in flow.told("session.ended")] == ["shutdown"] * 2
+        assert not await flow.store.rows()
+
+
+class TestRenewal:
+    async def test_the_keeper_wakes_a_lane_for_it(self, flow: Flow) -> None:
+        flow.lanes.tenure_of = lambda _: flow.tenure
+        flow.speak("Hello.", final=True)
+        await flow.all_settled()
+        await until(lambda: not flow.lanes.is_served("c1"))
+        flow.clock.now += 100
+        lease = flow.desk.leases["c1"]
+        now = flow.clock()
+        await flow.desk.keep("c1", Session("s1", "token", "ann", "v1", renew_at=now, expires_at=now + 60))
+        assert flow.desk.leases["c1"] is not lease
+        await flow.tick()
+        await until(lambda: flow.api.verbs().count("create") == 2)
+        await until(lambda: not flow.lanes.is_served("c1"))
+        assert flow.outbox.told[-2:] == ["session.ended", "session.ready"]
+        assert flow.desk.leases["c1"].held.session.session_id == "s2"
+
+    async def test_where_no_lane_can_be_it_is_ended_in_time(self, flow: Flow) -> None:
+        now = flow.clock()
+        await flow.desk.keep("c1", Session("s1", "token", "ann", "v1", renew_at=now + 50, expires_at=now + 60))
+        for _ in range(60):
+            flow.clock.now += 1
+            await flow.tick()
+        assert flow.api.verbs()[-1] == "end"
+        assert flow.clock() > now + 50
+        assert flow.outbox.told == ["session.ended"]
+
+
+async def test_a_lost_session_is_made_good_while_speech_waits(flow: Flow) -> None:
+    flow.api.results["say"] = [CallResult(CallKind.OK, 200), GONE]
+    for turn, text in (("t1", "One."), ("t2", "Two."), ("t3", "Three.")):
+        flow.speak(text, turn_id=turn, final=True)
+    await flow.all_settled()
+    assert flow.api.said == ["One.", "Two.", "Two.", "Three."]
+    assert flow.flags() == [("One.", None), ("Two.", True), ("Three.", None)]
+    assert (await flow.store.rows())["c1"].session_id == "s2"
+    assert RULES.on_lost == "recreate"

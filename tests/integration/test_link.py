@@ -1,0 +1,37 @@
+"""What aiormq raises where a connection dies in an unlucky moment."""
+
+import asyncio
+
+import pytest
+
+from worker.amqp.link import named_losses
+from worker.errors import LinkLost
+
+
+@pytest.mark.parametrize(
+    "unlucky",
+    [
+        pytest.param(Exception("Connection closed"), id="amid a call"),
+        pytest.param(asyncio.CancelledError(), id="cancelled by nobody"),
+    ],
+)
+async def test_an_unlucky_death_is_a_loss(unlucky: BaseException) -> None:
+    with pytest.raises(LinkLost), named_losses():
+        raise unlucky
+
+
+async def test_a_cancellation_that_was_asked_for_is_none() -> None:
+    async def wait() -> None:
+        with named_losses():
+            await asyncio.Event().wait()
+
+    waiting = asyncio.create_task(wait())
+    await asyncio.sleep(0)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+
+
+async def test_a_mistake_of_ours_is_none() -> None:
+    with pytest.raises(KeyError), named_losses():
+        raise KeyError("bug")

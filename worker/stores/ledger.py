@@ -1,0 +1,338 @@
+"""The ledger in SQL: what many lanes write in one transaction is looked up, judged and written together."""
+
+import asyncio
+import json
+import uuid
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import sqlalchemy as sa
+import structlog
+from sqlalchemy.dialects.postgresql import insert
+
+from schemas.events import EVENT_TYPES, Event
+from worker.core.memory import NAMED, Attempt, Changes, Ended, Memory, SentPart, State, Turn, TurnState
+from worker.core.shaping import shaper
+from worker.ops import logs
+from worker.ports import Clock, Grant, HeldState
+from worker.stores.backend import Contended, Unreachable
+from worker.stores.database import Database, among, text_of
+from worker.stores.tables import commands, conversations, endings, partitions, sessions, turns, writers
+
+_log = structlog.stdlib.get_logger(__name__)
+
+PRUNE_ROWS = 500
+"""Rows a transaction of `prune` deletes at most, so that speech does not wait for it."""
+
+ENDED = sa.select(commands.c.message_id, commands.c.fingerprint, commands.c.touched, endings.c.event).join(
+    endings, endings.c.ending_id == commands.c.ending_id
+)
+"""Commands with how they ended; `ended_of` reads a row of it."""
+
+_PLACE = "ledger"
+_DATA_TYPES = {name: data for data, name in EVENT_TYPES.items()}
+
+_Row = tuple[str, int | None]
+"""What a write is judged by: the version of a conversation's row, and the number of its attempt without an outcome."""
+
+
+@dataclass(slots=True)
+class _Job:
+    """One write: `epoch` None for what is written whoever owns the partition, `outcome` for the fate of an attempt."""
+
+    conversation_id: str
+    changes: Changes | None
+    partition: int
+    epoch: int | None
+    outcome: bool
+    session_id: str | None = None
+
+
+class SqlLedger:
+    """`ports.Ledger` in a `Database`."""
+
+    def __init__(self, database: Database, clock: Clock) -> None:
+        self._database = database
+        self._clock = clock
+        self._asked: dict[str, asyncio.Future[Grant]] = {}
+        """The last write asked for, by conversation, until it is done."""
+
+    async def recall(self, conversation_id: str) -> Memory:
+        """See `ports.Ledger`, here and below."""
+        if conversation_id in self._asked:
+            await asyncio.wait([self._asked[conversation_id]])
+        return await self._database.read(lambda connection: recalled(connection, conversation_id), patient=True)
+
+    async def partition_of(self, conversation_id: str) -> int | None:
+        """Read from the state."""
+        query = sa.select(conversations.c.state).where(conversations.c.conversation_id == conversation_id)
+        state = await self._database.read(lambda connection: connection.execute(query).scalar_one_or_none())
+        return None if state is None else _state(state).partition
+
+    async def known(self, conversation_id: str, message_ids: Sequence[str]) -> dict[str, Ended]:
+        """One look-up for all."""
+        return await self._database.read(
+            lambda connection: _known(connection, conversation_id, message_ids), patient=True
+        )
+
+    def intend(
+        self, conversation_id: str, changes: Changes | None, partition: int, epoch: int, session_id: str | None = None
+    ) -> asyncio.Future[Grant]:
+        """Granted while that epoch is the partition's newest, the conversation's row as it was, the session ready."""
+        return self._ask(_Job(conversation_id, changes, partition, epoch, outcome=False, session_id=session_id))
+
+    def record(self, conversation_id: str, changes: Changes, *, outcome: bool) -> asyncio.Future[Grant]:
+        """Granted while the row is as it was; an outcome, while its attempt has none."""
+        return self._ask(_Job(conversation_id, changes, -1, None, outcome))
+
+    async def end(self, conversation_id: str, known_as: str, ended: Ended) -> Ended:
+        """The conversation's row is locked first, as for all that is written of it."""
+
+        def work(connection: sa.Connection) -> Ended:
+            connection.execute(_noted(conversation_id, ended.at))
+            mine = conversations.c.conversation_id == conversation_id
+            connection.execute(sa.select(conversations.c.version).where(mine).with_for_update())
+            stands = _known(connection, conversation_id, [known_as]).get(known_as)
+            if stands is None:
+                for table, row in _ended_rows(conversation_id, known_as, ended):
+                    connection.execute(_STATEMENTS[table], [row])
+                # Whoever serves the conversation must look again: it knows which commands have ended.
+                connection.execute(sa.update(conversations).where(mine).values(version=f"ended {uuid.uuid4().hex}"))
+            return stands or ended
+
+        return await asyncio.shield(self._database.ask(work, _PLACE, alone=True))
+
+    async def raise_epoch(self, partition: int) -> int:
+        """One statement; it waits for every intent that is being written under the epoch before."""
+        first = insert(partitions).values(partition=partition, epoch=1)
+        statement = first.on_conflict_do_update(
+            index_elements=["partition"], set_={"epoch": partitions.c.epoch + 1}
+        ).returning(partitions.c.epoch)
+        raised = self._database.ask(
+            lambda connection: int(connection.execute(statement).scalar_one()), _PLACE, alone=True
+        )
+        return await asyncio.shield(raised)
+
+    async def prune(self, before: float) -> None:
+        """A batch at a time; what an outage of the store leaves is for the next time."""
+        try:
+            for table in (commands, endings, turns, conversations, writers):
+                statement = _deletion(table, before)
+                full = True
+                while full:
+                    deleted = await self._database.write(
+                        lambda connection, one=statement: connection.execute(one).rowcount,  # type: ignore[misc]
+                        _PLACE,
+                        alone=True,
+                    )
+                    full = deleted == PRUNE_ROWS
+        except (Unreachable, sa.exc.DBAPIError) as error:
+            _log.error(logs.STORE_FAILED, error=text_of(error))
+
+    def _ask(self, job: _Job) -> asyncio.Future[Grant]:
+        conversation_id = job.conversation_id
+        asked = self._asked[conversation_id] = self._database.ask_together(self._write, job, _PLACE)
+
+        def forget(done: asyncio.Future[Grant]) -> None:
+            if self._asked.get(conversation_id) is done:
+                del self._asked[conversation_id]
+
+        asked.add_done_callback(forget)
+        return asyncio.shield(asked)
+
+    def _write(self, connection: sa.Connection, jobs: Sequence[_Job]) -> list[Grant]:
+        """Locks the epochs against being raised, and then the conversations, each in order; judges; and writes."""
+        numbers = {job.partition for job in jobs if job.epoch is not None}
+        column = partitions.c.partition
+        owned = sa.select(partitions).where(among(connection, column, numbers)).order_by(column)
+        epochs = {row.partition: row.epoch for row in connection.execute(owned.with_for_update(read=True))}
+        ids = {job.conversation_id for job in jobs if job.changes}
+        rows = _lock(connection, ids)
+        fresh = ids - rows.keys()
+        ready = _ready(connection, {job.conversation_id for job in jobs if job.session_id is not None})
+        granted = [_judge(job, rows, epochs, ready) for job in jobs]
+        wanted = [job for job, grant in zip(jobs, granted, strict=True) if grant is Grant.GRANTED and job.changes]
+        now = self._clock()
+        _claim(connection, fresh & {job.conversation_id for job in wanted}, now)
+        _put(connection, rows, wanted, now)
+        return granted
+
+
+def recalled(connection: sa.Connection, conversation_id: str) -> Memory:
+    """What is known of the conversation."""
+    writer = uuid.uuid4().hex
+    state = sa.select(conversations).where(conversations.c.conversation_id == conversation_id)
+    row = connection.execute(state).one_or_none()
+    if row is None:
+        return Memory(writer=writer)
+    found = connection.execute(sa.select(turns).where(turns.c.conversation_id == conversation_id))
+    known = {
+        one.turn_id: Turn(TurnState(one.state), one.pieces, one.text_length, one.touched, one.replay) for one in found
+    }
+    names = sa.select(commands.c.message_id).where(commands.c.conversation_id == conversation_id).limit(NAMED + 1)
+    ended = connection.execute(names).scalars().all()
+    elsewhere = ended if len(ended) <= NAMED else None
+    return Memory(_state(row.state), known, elsewhere=elsewhere, version=row.version, writer=writer)
+
+
+def _lock(connection: sa.Connection, conversation_ids: Collection[str]) -> dict[str, _Row]:
+    columns = (conversations.c.conversation_id, conversations.c.version, conversations.c.attempt)
+    query = sa.select(*columns).where(among(connection, columns[0], conversation_ids)).order_by(columns[0])
+    return {row.conversation_id: (row.version, row.attempt) for row in connection.execute(query.with_for_update())}
+
+
+def _claim(connection: sa.Connection, conversation_ids: Collection[str], now: float) -> None:
+    """Make rows where there were none to lock.
+
+    Raises:
+        Contended: another worker has made one of them meanwhile.
+    """
+    if not conversation_ids:
+        return
+    statement = insert(conversations).on_conflict_do_nothing().returning(conversations.c.conversation_id)
+    made = connection.execute(statement, [_note(one, now) for one in sorted(conversation_ids)]).all()
+    if len(made) < len(conversation_ids):
+        raise Contended
+
+
+def _ready(connection: sa.Connection, conversation_ids: Collection[str]) -> dict[str, str]:
+    """The sessions that may be called, by conversation. Who retires an idle one locks the conversation first, too."""
+    column = sessions.c.conversation_id
+    query = sa.select(column, sessions.c.session_id).where(
+        among(connection, column, conversation_ids), sessions.c.state == HeldState.READY
+    )
+    return {row.conversation_id: row.session_id for row in connection.execute(query)} if conversation_ids else {}
+
+
+def _judge(job: _Job, rows: dict[str, _Row], epochs: Mapping[int, int], ready: Mapping[str, str]) -> Grant:
+    """Whether the job may be written after those before it, whose effect on `rows` is noted."""
+    if job.epoch is not None and epochs.get(job.partition) != job.epoch:
+        return Grant.REFUSED
+    if job.session_id is not None and ready.get(job.conversation_id) != job.session_id:
+        return Grant.OUTDATED
+    if job.changes is None:
+        return Grant.GRANTED
+    version, attempt = rows.get(job.conversation_id, ("", None))
+    state = job.changes.state
+    mine = state.number == attempt if job.outcome else job.changes.base == version
+    if not mine:
+        return Grant.OUTDATED
+    # Where an outcome is written over what somebody else wrote, nothing can go on from it.
+    written = job.changes.version if job.changes.base == version else f"over {job.changes.version}"
+    rows[job.conversation_id] = (written, state.number if state.attempt else None)
+    return Grant.GRANTED
+
+
+def _put(connection: sa.Connection, written: Mapping[str, _Row], jobs: Iterable[_Job], now: float) -> None:
+    rows: dict[sa.Table, list[Mapping[str, Any]]] = {conversations: [], turns: [], endings: [], commands: []}
+    for job in jobs:
+        changes, conversation_id = job.changes, job.conversation_id
+        assert changes is not None
+        version, attempt = written[conversation_id]
+        rows[conversations].append(
+            {
+                "conversation_id": conversation_id,
+                "version": version,
+                "attempt": attempt,
+                "state": _state_text(changes.state),
+                "touched": now,
+            }
+        )
+        rows[turns] += [
+            {"conversation_id": conversation_id, "turn_id": turn_id} | asdict(turn)
+            for turn_id, turn in changes.turns.items()
+        ]
+        for message_id, ended in changes.ended.items():
+            for table, row in _ended_rows(conversation_id, message_id, ended):
+                rows[table].append(row)
+    for table, statement in _STATEMENTS.items():
+        if rows[table]:
+            connection.execute(statement, rows[table])
+
+
+def _noted(conversation_id: str, now: float) -> sa.Insert:
+    """A row of the conversation, if there is none: a lane that finds none looks nothing up."""
+    return insert(conversations).values(_note(conversation_id, now)).on_conflict_do_nothing()
+
+
+def _note(conversation_id: str, now: float) -> dict[str, Any]:
+    return {"conversation_id": conversation_id, "version": "noted", "state": _state_text(State()), "touched": now}
+
+
+def _deletion(table: sa.Table, before: float) -> sa.Delete:
+    """Of rows that nobody is writing just now."""
+    key = list(table.primary_key.columns)
+    stale = sa.select(*key).where(table.c.touched < before).limit(PRUNE_ROWS).with_for_update(skip_locked=True)
+    # PostgreSQL may run a subquery again and again, but no CTE; SQLite's driver counts no rows if one stands in front.
+    return sa.delete(table).where(sa.tuple_(*key).in_(sa.select(stale.cte(nesting=True))))
+
+
+def _ended_rows(conversation_id: str, message_id: str, ended: Ended) -> Iterator[tuple[sa.Table, Mapping[str, Any]]]:
+    ending_id = ended.event.id("")
+    yield endings, {"ending_id": ending_id, "event": _text(ended), "touched": ended.at}
+    command = {"conversation_id": conversation_id, "message_id": message_id, "fingerprint": ended.fingerprint}
+    yield commands, command | {"ending_id": ending_id, "touched": ended.at}
+
+
+def _known(connection: sa.Connection, conversation_id: str, message_ids: Sequence[str]) -> dict[str, Ended]:
+    wanted = sa.and_(
+        commands.c.conversation_id == conversation_id, among(connection, commands.c.message_id, message_ids)
+    )
+    found = connection.execute(ENDED.where(wanted))
+    return {row.message_id: ended_of(row) for row in found}
+
+
+def _upsert(table: sa.Table) -> Any:
+    statement = insert(table)
+    key = list(table.primary_key.columns)
+    others = {column.name: statement.excluded[column.name] for column in table.columns if column not in key}
+    return statement.on_conflict_do_update(index_elements=key, set_=others)
+
+
+_STATEMENTS: dict[sa.Table, Any] = {
+    conversations: _upsert(conversations),
+    turns: _upsert(turns),
+    endings: insert(endings).on_conflict_do_nothing(),
+    commands: insert(commands).on_conflict_do_nothing(),
+}
+
+
+def _text(ended: Ended) -> str:
+    return json.dumps([[_row(event) for event in events] for events in (ended.before, (ended.event,), ended.after)])
+
+
+def _row(event: Event) -> list[Any]:
+    data = event.data.model_dump(mode="json", by_alias=True, exclude_none=True)
+    return [event.type, event.conversation_id, event.key, event.traceparent, data]
+
+
+def ended_of(row: Any) -> Ended:
+    """How a command ended, from a row of `ENDED`."""
+    before, (event,), after = (tuple(map(_event, rows)) for rows in json.loads(row.event))
+    return Ended(row.fingerprint, event, row.touched, before, after)
+
+
+def _event(row: Sequence[Any]) -> Event:
+    event_type, conversation_id, key, traceparent, data = row
+    return Event(conversation_id, _DATA_TYPES[event_type].model_validate(data), key, traceparent)
+
+
+def _state_text(state: State) -> str:
+    document = asdict(replace(state, untold=())) | {"untold": [_row(event) for event in state.untold]}
+    return json.dumps(document, default=sorted)
+
+
+def _state(text: str) -> State:
+    document = json.loads(text)
+    attempt = document.pop("attempt")
+    if attempt is not None:
+        parts = tuple(SentPart(**part) for part in attempt.pop("parts"))
+        shapes = attempt.pop("shapes", None)
+        attempt = Attempt(parts=parts, shapes=shapes and shaper.State(*shapes), **attempt)
+    heard_last, doubtful = frozenset(document.pop("heard_last")), frozenset(document.pop("doubtful"))
+    untold = tuple(map(_event, document.pop("untold")))
+    numbers = document.get("numbers", {}).items()
+    document["numbers"] = {turn: tuple((first, last) for first, last in ranges) for turn, ranges in numbers}
+    document["shapes"] = {turn: shaper.State(*shape) for turn, shape in document.get("shapes", {}).items()}
+    return State(attempt=attempt, heard_last=heard_last, doubtful=doubtful, untold=untold, **document)
