@@ -9,6 +9,7 @@ RUN tools/bin/pip --python /opt/avatar-worker install --no-cache-dir --require-h
 COPY pyproject.toml README.md LICENSE ./
 COPY schemas schemas
 COPY worker worker
+COPY examples examples
 RUN tools/bin/pip wheel --no-deps --no-build-isolation --wheel-dir dist . \
  && tools/bin/pip --python /opt/avatar-worker install --no-cache-dir --no-deps dist/*.whl
 
