@@ -5,6 +5,7 @@ on the first of them if it is marked `one_broker`. It
 cannot be skipped: where no broker is to be had, it fails.
 """
 
+import os
 from collections.abc import AsyncIterator
 from contextlib import ExitStack
 
@@ -14,8 +15,17 @@ from tests.support import brokers
 from tests.support.postgres import Postgres, find_postgres
 from worker.local.broker import Broker, OwnedBroker, own_broker
 
+PROCESSES = 3
+"""More than two cores have: most tests wait for somebody. Each process has brokers of its own."""
+
 _BROKERS = pytest.StashKey[brokers.Brokers]()
 _POSTGRES = pytest.StashKey[Postgres | Exception]()
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """One process where tests were chosen by path, and where all would share a broker that they wipe."""
+    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+    return PROCESSES if whole and not os.environ.get(brokers.ENV_VAR) else 0
 
 
 def pytest_configure(config: pytest.Config) -> None:

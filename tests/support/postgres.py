@@ -12,7 +12,6 @@ import secrets
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from abc import ABC, abstractmethod
@@ -326,10 +325,7 @@ def _container() -> OwnedPostgres:
 
 
 def _installed_cluster() -> OwnedPostgres:
-    if _find_programs() is not None:
-        raise PostgresError("it is installed already")
-    sys.stderr.write("postgres: installing postgresql with apt-get; this takes a minute, once\n")
-    install("postgresql")
+    install("postgresql", _find_programs)
     return _private_cluster()
 
 

@@ -86,10 +86,7 @@ def _container(plugins: tuple[str, ...]) -> OwnedBroker:
 
 
 def _installed_node(plugins: tuple[str, ...]) -> OwnedBroker:
-    if find_server() is not None:
-        raise BrokerError("it is installed already")
-    _tell("installing rabbitmq-server with apt-get; this takes a minute or two, once")
-    install("rabbitmq-server")
+    install("rabbitmq-server", find_server)
     return _private_node(plugins)
 
 

@@ -1,8 +1,12 @@
 """A server by `apt-get`, as root or by a sudo that asks for nothing. Only the program: its service stays off."""
 
+import fcntl
 import os
 import shutil
 import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
 
 from worker.local.broker.base import BrokerError
 
@@ -23,12 +27,22 @@ if command -v systemctl >/dev/null; then systemctl disable --quiet "$1"; fi
 """
 
 
-def install(package: str) -> None:
+def install(package: str, present: Callable[[], object]) -> None:
     """Installs the package of a server whose service has the same name; takes a minute or two.
+
+    One process at a time: whoever waited for another looks first whether it is `present` by now.
 
     Raises:
         BrokerError: this is no Debian, we may not install here, or apt-get failed; the text holds its last lines.
     """
+    with Path(__file__).open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not present():
+            print(f"installing {package} with apt-get; this takes a minute or two, once", file=sys.stderr, flush=True)
+            _install(package)
+
+
+def _install(package: str) -> None:
     if shutil.which("apt-get") is None:
         raise BrokerError("not installed: there is no apt-get here")
     command = ["sh", "-c", _SCRIPT, "install", package]
