@@ -6,7 +6,7 @@ import os
 import tempfile
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,14 +44,8 @@ class Stage:
             turn, place = divmod(first + number, TURN_CHUNKS)
             word = f"{name}.t{turn}.n{place}"
             body = {"turnId": f"t{turn}", "text": f"{word} ", "isFinal": place == TURN_CHUNKS - 1}
-            message = aio_pika.Message(
-                json.dumps(body).encode(),
-                delivery_mode=aio_pika.DeliveryMode.PERSISTENT,
-                message_id=uuid.uuid4().hex,
-                headers={"published-at-ms": time.time_ns() // 1_000_000},
-            )
             self.published[word] = time.monotonic()
-            await exchange.publish(message, name, mandatory=True)
+            await exchange.publish(message(body), name, mandatory=True)
 
     async def all_talk(self, names: Iterable[str], chunks_per_s: float, seconds: float, *, first: int = 0) -> None:
         """Many of them."""
@@ -113,6 +107,16 @@ async def staged(*, latency_ms: float, **settings: str) -> AsyncIterator[Stage]:
         channel = await connection.channel(publisher_confirms=True, on_return_raises=True)
         print(f"RabbitMQ {broker.version}, API latency {latency_ms:.0f} ms", flush=True)
         yield Stage(url, simulator, worker, channel, folder)
+
+
+def message(body: Mapping[str, object]) -> aio_pika.Message:
+    """A command as producers should publish it."""
+    return aio_pika.Message(
+        json.dumps(body).encode(),
+        delivery_mode=aio_pika.DeliveryMode.PERSISTENT,
+        message_id=uuid.uuid4().hex,
+        headers={"published-at-ms": time.time_ns() // 1_000_000},
+    )
 
 
 def quantiles(values: Iterable[float]) -> str:
