@@ -6,6 +6,7 @@ cannot be skipped: where no broker is to be had, it fails.
 """
 
 import os
+import signal
 from collections.abc import AsyncIterator
 from contextlib import ExitStack
 
@@ -29,6 +30,9 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # A shell's background job ignores Ctrl-C, and so would every process that tests start and send one.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     config.stash[_BROKERS] = brokers.Brokers()
     config.add_cleanup(config.stash[_BROKERS].close)
 
