@@ -29,6 +29,7 @@ import aio_pika
 import aiohttp
 from aio_pika.abc import AbstractExchange, AbstractIncomingMessage
 
+from benchmarks.stage import cpu_s, message
 from worker.core.shaping.shaper import Shaper, Shaping
 from worker.local.broker import find_broker
 from worker.local.broker.base import free_port
@@ -72,6 +73,7 @@ class Load:
     ready: set[str] = field(default_factory=set)
     completed: int = 0
     waiting: list[int] = field(default_factory=list)
+    cpu_s: float = 0.0
     news: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def until(self, condition: Callable[[], bool]) -> None:
@@ -103,13 +105,7 @@ def decided_at() -> Iterator[int]:
 
 async def publish(exchange: AbstractExchange, conversation: str, body: dict[str, Any]) -> None:
     """One command."""
-    message = aio_pika.Message(
-        json.dumps(body).encode(),
-        delivery_mode=aio_pika.DeliveryMode.PERSISTENT,
-        message_id=uuid.uuid4().hex,
-        headers={"published-at-ms": time.time_ns() // 1_000_000},
-    )
-    await exchange.publish(message, conversation)
+    await exchange.publish(message(body), conversation)
 
 
 async def converse(exchange: AbstractExchange, load: Load, conversation: str, rate: float, until: float) -> None:
@@ -171,7 +167,9 @@ async def measure(url: str, folder: Path, latency_ms: int, args: argparse.Namesp
         }
         worker = await stack.enter_async_context(backstage.running("worker", "-m", "worker", "run", settings=settings))
         await worker.answers(f"http://127.0.0.1:{port}/readyz")
+        used = cpu_s(worker.process.pid)
         load = await drive(url, args)
+        load.cpu_s = cpu_s(worker.process.pid) - used
         async with aiohttp.ClientSession() as http, http.get(urljoin(api_url, "/_control/transcript")) as answer:
             return load, await answer.json()
 
@@ -203,6 +201,7 @@ def report(latency_ms: int, load: Load, transcript: dict[str, Any]) -> dict[str,
         "cut by text alone": whole,
         "chunks": load.chunks,
         "calls": sum(map(len, begun.values())),
+        "worker's CPU ms per chunk": round(1000 * load.cpu_s / load.chunks, 2),
         "chunks per call": round(load.chunks / sum(map(len, begun.values())), 1),
         "first piece p50 ms": round(statistics.median(first), 1),
         "first piece p95 ms": round(statistics.quantiles(first, n=20)[18], 1),

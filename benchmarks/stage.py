@@ -77,8 +77,7 @@ class Stage:
 
     def cpu_s(self) -> float:
         """How much processor time the worker has used."""
-        fields = Path(f"/proc/{self.worker.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        return cpu_s(self.worker.pid)
 
 
 @asynccontextmanager
@@ -107,6 +106,12 @@ async def staged(*, latency_ms: float, **settings: str) -> AsyncIterator[Stage]:
         channel = await connection.channel(publisher_confirms=True, on_return_raises=True)
         print(f"RabbitMQ {broker.version}, API latency {latency_ms:.0f} ms", flush=True)
         yield Stage(url, simulator, worker, channel, folder)
+
+
+def cpu_s(pid: int) -> float:
+    """How much processor time that process has used (Linux)."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def message(body: Mapping[str, object]) -> aio_pika.Message:

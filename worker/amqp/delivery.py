@@ -75,7 +75,7 @@ class AmqpDelivery:
         properties = self.message.header.properties
         return json.dumps(
             {
-                "body": base64.b85encode(bytes(self.message.body)).decode(),
+                "body": base64.b64encode(bytes(self.message.body)).decode(),
                 "exchange": self.delivered.exchange,
                 "routing_key": self.delivered.routing_key,
                 "received": self.received,
@@ -89,7 +89,7 @@ class AmqpDelivery:
     def unpack(cls, packed: str, tenure: OpenTenure, remove: Callable[[], None]) -> Self:
         """The message again, as one that was delivered before."""
         document: dict[str, Any] = json.loads(packed)
-        body = base64.b85decode(document["body"])
+        body = base64.b64decode(document["body"])
         seconds = document["timestamp"]
         properties = spec.Basic.Properties()
         properties.headers = document["headers"]

@@ -1,25 +1,40 @@
 """The book of one conversation: what waits, how what waited has ended, and what is to be told of it."""
 
+import math
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from schemas.commands import Interrupt, Speak
 from worker.core import verdict
 from worker.core.memory import Ended, Memory
-from worker.core.model import Entry, Session
+from worker.core.model import Entry, Session, speak_of
 from worker.core.verdict import Conclusion
 
 
 @dataclass(slots=True)
-class _Run:
-    """What `Book.run` has found so far: nothing but what is added later can change it, until something leaves."""
+class Run:
+    """The chunks of one turn at the head of the queue: nothing but what is added later can change them.
+
+    `followed`: any other command stands behind them. `closes`: how many there are up to the first final, if there is
+    one. `oldest`: the earliest any of them was born.
+    """
 
     turn_id: str
     chunks: list[Entry] = field(default_factory=list)
+    followed: bool = False
+    closes: int | None = None
+    oldest: float = math.inf
     seen: set[str] = field(default_factory=set)
     looked: int = 0
-    followed: bool = False
+
+    def add(self, chunk: Entry) -> None:
+        """The next one of the turn."""
+        self.chunks.append(chunk)
+        self.seen.add(chunk.key)
+        self.oldest = min(self.oldest, chunk.born)
+        if self.closes is None and speak_of(chunk).is_final:
+            self.closes = len(self.chunks)
 
 
 class Book:
@@ -33,7 +48,7 @@ class Book:
         self.memory = memory
         self._queue: deque[Entry] = deque()
         self._numbered: dict[tuple[str, int], str] = {}
-        self._run: _Run | None = None
+        self._run: Run | None = None
         # Whoever served the conversation before may not have come to it.
         self._out = [Conclusion(event) for event in memory.state.untold]
 
@@ -70,13 +85,13 @@ class Book:
                 yield entry
             seen.add(entry.key)
 
-    def run(self, turn_id: str) -> tuple[Sequence[Entry], bool]:
-        """The chunks of that turn at the head of the queue, and whether any other command stands behind them.
+    def run(self, turn_id: str) -> Run:
+        """The chunks of that turn at the head of the queue; the same object until something leaves.
 
         Repeats are not for speech, and interrupts end by themselves: neither parts what belongs together.
         """
         if self._run is None or self._run.turn_id != turn_id:
-            self._run = _Run(turn_id)
+            self._run = Run(turn_id)
         run = self._run
         # Looked through once: a turn comes in hundreds of chunks, and each of them asks.
         while not run.followed and run.looked < len(self._queue):
@@ -84,12 +99,11 @@ class Book:
             if isinstance(entry.command, Interrupt) or entry.key in run.seen or self.known(entry):
                 pass
             elif isinstance(entry.command, Speak) and entry.command.turn_id == turn_id:
-                run.chunks.append(entry)
-                run.seen.add(entry.key)
+                run.add(entry)
             else:
                 run.followed = True
             run.looked += 1
-        return run.chunks, run.followed
+        return run
 
     def tell(self, conclusion: Conclusion) -> None:
         """Something happened with which no entry ends; the next one that does repeats it, should it come again."""

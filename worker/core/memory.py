@@ -209,7 +209,7 @@ class Memory:
 
     def to_look_up(self, message_ids: set[str]) -> set[str]:
         """Which of these commands may have ended in a way that only the ledger knows."""
-        unknown = message_ids - self.ended.keys()
+        unknown = {one for one in message_ids if one not in self.ended}  # `-` would walk through all that have ended
         return unknown if self.elsewhere is None else unknown & self.elsewhere
 
     @property

@@ -56,7 +56,8 @@ class _Draft:
         self._state = memory.shapes.get(turn_id, NEW_TURN)
         self._shaper = Shaper(shaping, self._state)
         self._cap = shaping.cutting.cap
-        self._chunks: deque[tuple[Entry, int, int]] = deque()  # where in the turn it begins and ends
+        self._entries: list[Entry] = []
+        self._places: deque[tuple[int, int]] = deque()  # where in the turn each of them begins and ends
         self._unread: deque[str] = deque()
         self._read = self._state.offset
         self._since = now
@@ -66,17 +67,17 @@ class _Draft:
         """Whether these chunks are those it has, or more where more may come, and all it has decided was said."""
         if speak_of(run[0]).turn_id != self._turn_id or state != self._state:
             return False
-        same = all(one is entry for (one, _, _), entry in zip(self._chunks, run, strict=False))
-        return same and (len(run) == len(self._chunks) if self._ended else len(run) >= len(self._chunks))
+        return self._entries == (run if self._ended else run[: len(self._entries)])
 
     def read(self, run: Sequence[Entry], now: float, *, ends: bool) -> None:
         """Take in the chunks that are new, and read on until a piece is decided: no more, however much there is."""
-        for entry in run[len(self._chunks) :]:
+        for entry in run[len(self._entries) :]:
             text, spoken = speak_of(entry).text, self._spoken.get(entry.key, 0)
             self._unread += (text[at : at + SLICE] for at in range(spoken, len(text), SLICE))
             begin = self._read - spoken
             self._read = begin + len(text)
-            self._chunks.append((entry, begin, self._read))
+            self._entries.append(entry)
+            self._places.append((begin, self._read))
         while self._unread and not self.decided:
             waiting = self._shaper.waiting if self._shaper.pending else -1
             self.decided += self._shaper.push(self._unread.popleft())
@@ -105,15 +106,16 @@ class _Draft:
         self._state = shaped.state
         last = self._ended and not self.decided
         parts: list[Part] = []
-        while self._chunks:
-            entry, begin, end = self._chunks[0]
+        while self._places:
+            begin, end = self._places[0]
             if begin >= shaped.end and not last:
                 break
             whole = end <= shaped.end
-            parts.append(Part(entry, max(shaped.start - begin, 0), min(shaped.end, end) - begin, whole))
+            parts.append(Part(self._entries[0], max(shaped.start - begin, 0), min(shaped.end, end) - begin, whole))
             if not whole:
                 break
-            self._chunks.popleft()
+            self._places.popleft()
+            self._entries.pop(0)
         text = shaped.text if shaped.speakable else ""
         return Piece(self._turn_id, text, closes and last, tuple(parts), shapes=shaped.state)
 

@@ -1,6 +1,7 @@
 """How chunks become calls: the next piece, and what its outcome means."""
 
 from dataclasses import replace
+from itertools import takewhile
 
 from schemas.events import Event, SpeechFailure
 from worker.core import verdict
@@ -150,15 +151,13 @@ class Speech:
 
         If shaping is off, one alone.
         """
-        waiting, followed = self._book.run(speak_of(self._book.head).turn_id)
-        run: list[Entry] = []
-        for entry in waiting:
-            if run and self.turns.has_expired(entry.born, now):
-                break
-            run.append(entry)
-            if speak_of(entry).is_final or self._rules.shaping == "off":
-                break
-        return run, followed or len(run) < len(waiting)
+        run = self._book.run(speak_of(self._book.head).turn_id)
+        # Each chunk of a turn asks, and hundreds may wait: no look at each of them but where one has expired.
+        chunks = run.chunks[: 1 if self._rules.shaping == "off" else run.closes]
+        if self.turns.has_expired(run.oldest, now):
+            young = takewhile(lambda chunk: not self.turns.has_expired(chunk.born, now), chunks[1:])
+            chunks = [chunks[0], *young]
+        return chunks, run.followed or len(chunks) < len(run.chunks)
 
     def _close_unheard(
         self, turn_id: str, by: Entry | str, now: float, *, has_session: bool, auto: bool = False

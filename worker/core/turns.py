@@ -129,7 +129,7 @@ class Turns:
         attempt = self._memory.state.attempt
         if attempt is not None and attempt.turn_id == turn_id:
             self._memory.update(attempt=None)
-        run, _ = self._book.run(turn_id)
+        run = self._book.run(turn_id).chunks
         match self._memory.turn(turn_id, now).state:
             case TurnState.FAILED:
                 self._book.end([verdict.failed(conversation_id, run, SpeechFailure.TURN_FAILED, why=None)], now)

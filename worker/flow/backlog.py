@@ -13,8 +13,8 @@ from worker.core.model import Entry, Misfit
 from worker.flow.deliveries import keepable, tenure_of
 from worker.ports import BacklogStore, Grant, Kept, Tenure
 
-HOLD_S = 1.0
-"""How long a command may wait for its turn before it is kept."""
+HOLD_S = 2.0
+"""How long a command may wait for its turn before it is kept: a chunk may wait that long for its sentence's end."""
 TICK_S = 0.25
 LOOK_S = 1.0
 """How often the store is asked whether it keeps commands of conversations that nobody serves."""
