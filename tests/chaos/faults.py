@@ -5,7 +5,7 @@ import random
 import signal
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
@@ -15,10 +15,13 @@ from tests.chaos import stores
 from tests.chaos.fleet import Simulator, Worker
 from tests.chaos.stores import Store
 from tests.chaos.traffic import Listener
+from tests.support.postgres import OwnedPostgres
 from worker.local.broker import OwnedBroker
 
 HEARTBEAT_S = 2
 HOLE_S = 10.0
+STORE_S = 20.0
+"""How long a PostgreSQL that was killed stays away."""
 STOP_S = (4.5 * HEARTBEAT_S, 6.0 * HEARTBEAT_S)
 """How long a stopped worker sleeps: longer than the broker waits for its heartbeats."""
 DISMISSED_WITHIN_S = 40.0
@@ -32,6 +35,7 @@ class Fault(StrEnum):
     TERM = "SIGTERM"
     STOP = "SIGSTOP"
     RESTART = "broker restart"
+    STORE = "PostgreSQL killed"
     CUT = "cut"
     HOLE = "black hole"
 
@@ -49,10 +53,14 @@ class Demand:
     timed: int = 0
     """How many interrupts the clock can judge, see `interruptions.Timed`."""
 
+    def without(self, fault: Fault) -> "Demand":
+        """The same but for one that there is nobody to strike with."""
+        return replace(self, counts={other: count for other, count in self.counts.items() if other is not fault})
+
 
 FULL = Demand(
     60.0,
-    {Fault.KILL: 8, Fault.TERM: 2, Fault.STOP: 2, Fault.RESTART: 1, Fault.CUT: 2, Fault.HOLE: 1},
+    {Fault.KILL: 8, Fault.TERM: 2, Fault.STOP: 2, Fault.RESTART: 1, Fault.STORE: 1, Fault.CUT: 2, Fault.HOLE: 1},
     dropped=0.005,
     kept=20,
     timed=10,
@@ -126,6 +134,7 @@ class Saboteur:
         workers: Sequence[Worker],
         *,
         broker: OwnedBroker | None,
+        postgres: OwnedPostgres | None,
         simulator: Simulator,
         listener: Listener,
         store: Store,
@@ -137,6 +146,7 @@ class Saboteur:
         self._dice = random.Random(seed)
         self._workers = workers
         self._broker = broker
+        self._postgres = postgres
         self._simulator = simulator
         self._listener = listener
         self._store = store
@@ -151,6 +161,8 @@ class Saboteur:
                 await asyncio.sleep(begun + at - time.monotonic())
                 if fault is Fault.RESTART:
                     await self._restart_broker()
+                elif fault is Fault.STORE:
+                    await self._kill_store()
                 else:
                     group.create_task(self._strike(fault))
         wanted = demand.counts.get(Fault.KILL, 0)
@@ -285,6 +297,15 @@ class Saboteur:
         for worker in self._workers:
             if not worker.busy:
                 await self._recover(worker)
+
+    async def _kill_store(self) -> None:
+        if self._postgres is None:
+            return
+        note = await self._note(Fault.STORE, "postgresql")
+        await asyncio.to_thread(self._postgres.kill)
+        await asyncio.sleep(STORE_S)
+        await asyncio.to_thread(self._postgres.start)
+        self._end(note)
 
     async def _note(self, fault: Fault, victim: str) -> Happened:
         intents = await self._intents()

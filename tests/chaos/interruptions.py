@@ -81,7 +81,7 @@ def _owners(evidence: Evidence) -> dict[str, list[tuple[float, str]]]:
 
 def _disturbed(evidence: Evidence, worker: str, begun: float, ended: float) -> bool:
     return any(
-        (fault.fault is Fault.RESTART or fault.victim.startswith(worker))
+        (fault.fault in (Fault.RESTART, Fault.STORE) or fault.victim.startswith(worker))
         and fault.begun <= ended
         and fault.ended + SETTLED_S >= begun
         for fault in evidence.happened

@@ -17,13 +17,13 @@ import aiohttp
 from schemas import routes
 from tests.chaos import faults, judge, stores
 from tests.chaos.evidence import Evidence, Verdict
-from tests.chaos.faults import Demand, Saboteur
+from tests.chaos.faults import Demand, Fault, Saboteur
 from tests.chaos.fleet import Simulator, Worker, running
 from tests.chaos.proxy import Proxy
 from tests.chaos.stores import Store
 from tests.chaos.traffic import Listener, Producers
 from tests.support import brokers
-from tests.support.postgres import Postgres
+from tests.support.postgres import OwnedPostgres, Postgres
 from worker.local.broker import Broker, OwnedBroker
 
 PARTITIONS = 8
@@ -62,6 +62,8 @@ class _Stage:
 
 async def run(broker: Broker, options: Options, demand: Demand, tell: Callable[[str], None]) -> Verdict:
     """Plays on an empty virtual host, or wipes a broker that was named."""
+    if options.postgres is None:
+        demand = demand.without(Fault.STORE)
     async with AsyncExitStack() as stack:
         url = await stack.enter_async_context(brokers.empty(broker, also=[Listener.QUEUE]))
         folder = options.keep or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="avatar-chaos-")))
@@ -114,6 +116,7 @@ async def _play(stage: _Stage, options: Options, demand: Demand, note: Callable[
         options.seed,
         stage.workers,
         broker=stage.broker if isinstance(stage.broker, OwnedBroker) else None,
+        postgres=options.postgres if isinstance(options.postgres, OwnedPostgres) else None,
         simulator=stage.simulator,
         listener=stage.listener,
         store=stage.store,

@@ -17,6 +17,7 @@ from worker.stores.postgres import arguments_of
 SQLITE = "sqlite"
 POSTGRESQL = "postgresql"
 KINDS = (SQLITE, POSTGRESQL)
+_AWAY_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,16 +74,31 @@ class _Sqlite:
 
 
 class _Postgresql:
+    """It may be killed meanwhile; what it holds does not change while it is away."""
+
     _ever_kept = "SELECT CASE WHEN is_called THEN last_value ELSE 0 END FROM backlog_position_seq"
 
-    def __init__(self, url: str, connection: "asyncpg.Connection") -> None:
+    def __init__(self, url: str) -> None:
         self.url = url
-        self._connection = connection
+        self._connection: asyncpg.Connection | None = None
         self._asking = asyncio.Lock()
 
     async def rows(self, query: str) -> Sequence[Sequence[Any]]:
-        async with self._asking:
-            return await self._connection.fetch(query)  # type: ignore[no-any-return]
+        async with self._asking, asyncio.timeout(_AWAY_S):
+            while True:
+                try:
+                    if self._connection is None:
+                        dsn, arguments = arguments_of(self.url)
+                        self._connection = await asyncpg.connect(dsn, **arguments)
+                    return await self._connection.fetch(query)  # type: ignore[no-any-return]
+                except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
+                    await self.close()
+                    await asyncio.sleep(0.1)
+
+    async def close(self) -> None:
+        if self._connection is not None:
+            self._connection.terminate()
+            self._connection = None
 
 
 @asynccontextmanager
@@ -92,9 +108,8 @@ async def opened(postgres: Postgres | None, folder: Path) -> AsyncIterator[Store
         yield _Sqlite(folder / "ledger.db")
         return
     async with postgres.schema() as url:
-        dsn, arguments = arguments_of(url)
-        connection = await asyncpg.connect(dsn, **arguments)
+        store = _Postgresql(url)
         try:
-            yield _Postgresql(url, connection)
+            yield store
         finally:
-            await connection.close()
+            await store.close()
