@@ -23,6 +23,8 @@ FRAGMENTS = """
     [ ] ( ) ]( ![ (see␣ [x](http://y) [1] [^2] 【1†s】 h w http https://a.b/c www. www.a
     < b> </b> <br> <!-- --> <think> </think> & &amp; ; : ,␣ . .␣ !␣ ?␣ ...␣ … - ␣—␣ — ' " “ ” « » ␣» »A ␣«
     ⏎ ⏎⏎ ␍⏎ ⇥ ␣ ␣␣ word word␣ i I␣ Dr.␣ 3. 14 1␣000␣ z.␣B.␣ U.S.␣ 'em␣ don't␣ Hello␣there.␣ xxxxxxxxxxxxxxxxxxxxxxxxx
+    ~~~⏎ ~~~py⏎ ~~~~ ( “ ” ✅ 1\ufe0f\u20e3␣ –␣x ##Y [n]:␣http://c [1]:␣ [^n] &#x1F600; &shy;
+    <b␣a <i␣x="y"> T<a␣b> <x>(<c␣d>)␣ "t" \\⏎ :␣ —
     é e\u0301 \u200b \u200d \a 😀 👩\u200d💻 🇩🇪 \ud83d \ude00 你好 今日は 。 ， 、 「 」 สวัสดี␣ ؟␣ ।␣ ¿ { }
 """.split()
 HARD = [fragment.translate(str.maketrans("␣⏎␍⇥", " \n\r\t")) for fragment in FRAGMENTS]
