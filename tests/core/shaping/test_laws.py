@@ -19,7 +19,7 @@ CHOPPINGS = 200  # of each text; 13 texts make 2,600
 
 # Everything that is hard, ␣ for a space and so on.
 FRAGMENTS = """
-    * ** *** _ __ ~~ ` `` ``` ```py⏎ \\ \\* # #␣ ##␣T - -␣ *␣ >␣ 1.␣ 12 --- ---- === [␣]␣ | |␣a |--|
+    * ** *** _ __ ~~ ` `` ``` ```py⏎ \\ \\* # #␣ ##␣T - -␣ *␣ >␣ 1.␣ a)␣ ⏎b 12 --- ---- === [␣]␣ | |␣a |--|
     [ ] ( ) ]( ![ (see␣ [x](http://y) [1] [^2] 【1†s】 h w http https://a.b/c www. www.a
     < b> </b> <br> <!-- --> <think> </think> & &amp; ; : ,␣ . .␣ !␣ ?␣ ...␣ … - ␣—␣ — ' " “ ” « » ␣» »A ␣«
     ⏎ ⏎⏎ ␍⏎ ⇥ ␣ ␣␣ word word␣ i I␣ Dr.␣ 3. 14 1␣000␣ z.␣B.␣ U.S.␣ 'em␣ don't␣ Hello␣there.␣ xxxxxxxxxxxxxxxxxxxxxxxxx

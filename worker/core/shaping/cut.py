@@ -124,6 +124,7 @@ _WIDE_END: Pattern = regex.compile(rf"[{WIDE}]\Z")
 _HAN: Pattern = regex.compile(r"\p{Han}")
 _HIRAGANA: Pattern = regex.compile(r"\p{Hiragana}")
 _SYLLABLE: Pattern = regex.compile(r"[\p{Hiragana}\p{Katakana}\p{Hangul}]")
+_GERSHAYIM: Pattern = regex.compile(r"\p{Hebrew}{2}")  # around a `"` inside a word: ד"ר
 _GRAPHEME: Pattern = regex.compile(r"[`*_~]++|\X")  # literal mark-up stays together, too
 
 _PAIRS = {
@@ -274,7 +275,11 @@ def _follow(text: str, begin: int, end: int, open_: _Open | None) -> _Open | Non
     """The outermost quotation or bracket that is open behind `text[begin:end]`, given the one in front of it."""
     for at in range(begin, end):
         mark, before, after = text[at], text[at - 1 : at], text[at + 1 : at + 2]
-        if mark not in _MARKS or (mark == "’" and after.isalpha()):
+        if (
+            mark not in _MARKS
+            or (mark == "’" and after.isalpha())
+            or (mark == '"' and _GERSHAYIM.match(before + after))
+        ):
             continue
         if open_:
             if mark in _PAIRS[open_.mark] and not (mark == "'" and after.isalpha()):

@@ -157,8 +157,8 @@ _CODE: dict[str, _Tokens] = {
 _BLOCK_ALWAYS: _Tokens = (
     ("newline", rf"[{LINE_FEEDS}]"),
     ("space", rf"[{SPACES}]+"),
-    ("digits", r"\d{1,3}(?:[.)]|\ufe0f)?MORE"),
-    ("number", r"(?=\d{1,3}[.)][ \t])"),
+    ("digits", r"(?:\d{1,3}(?:[.)]|\ufe0f)?|[A-Za-z]\)?)MORE"),
+    ("number", r"(?=(?:\d{1,3}[.)]|[A-Za-z]\))[ \t])"),
 )
 _BULLETS = r"\-*+•‣⁃◦▪■□●○·➤➢–—"
 _BLOCK: dict[str, _Tokens] = {
