@@ -19,6 +19,7 @@ from tests.support.conversation import (
     speak,
     wire,
 )
+from worker.core.book import Book
 from worker.core.memory import NUMBERED_TURNS, TurnState
 from worker.core.model import CallResult, Entry
 from worker.core.pressure import Pressure
@@ -359,3 +360,21 @@ class TestPressure:
         talk.waits()
         assert talk.lane.waiting_chars > 1000
         assert talk.settle_calls().lane.waiting_chars == 0
+
+    def test_what_waits_is_looked_through_once_however_often_it_is_asked(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        talk = talk_of(SENTENCE, "And now")
+        talk.say()
+        talk.done(NOT_TAKEN)
+        looks, known = 0, Book.known
+
+        def counting(book: Book, entry: Entry) -> bool:
+            nonlocal looks
+            looks += 1
+            return known(book, entry)
+
+        monkeypatch.setattr(Book, "known", counting)
+        for number in range(300):
+            talk.offer(speak(f"t{number % 10}", "word "))
+            talk.waits()
+            assert talk.lane.waiting_chars == len("And now" + "word " * (number + 1))
+        assert looks < 300 * 4

@@ -37,6 +37,15 @@ class Run:
             self.closes = len(self.chunks)
 
 
+@dataclass(slots=True)
+class _Tally:
+    """What `Book.waiting_chars` has counted so far, in the same way."""
+
+    chars: int = 0
+    seen: set[str] = field(default_factory=set)
+    looked: int = 0
+
+
 class Book:
     """Entries come in by `add`, in queue order, and go out by `end`, exactly once each; `take` hands over what to tell.
 
@@ -49,6 +58,7 @@ class Book:
         self._queue: deque[Entry] = deque()
         self._numbered: dict[tuple[str, int], str] = {}
         self._run: Run | None = None
+        self._tally: _Tally | None = None
         # Whoever served the conversation before may not have come to it.
         self._out = [Conclusion(event) for event in memory.state.untold]
 
@@ -105,6 +115,20 @@ class Book:
             run.looked += 1
         return run
 
+    def waiting_chars(self) -> int:
+        """How many characters of `chunks` have not left in earlier pieces."""
+        if self._tally is None:
+            self._tally = _Tally()
+        tally = self._tally
+        # Looked through once, too: while the API is down, each chunk that comes asks.
+        while tally.looked < len(self._queue):
+            entry = self._queue[tally.looked]
+            if isinstance(entry.command, Speak) and entry.key not in tally.seen and not self.known(entry):
+                tally.chars += len(entry.command.text)
+            tally.seen.add(entry.key)
+            tally.looked += 1
+        return tally.chars - sum(count for key, count in self.memory.spoken.items() if key in tally.seen)
+
     def tell(self, conclusion: Conclusion) -> None:
         """Something happened with which no entry ends; the next one that does repeats it, should it come again."""
         self._out.append(conclusion)
@@ -151,7 +175,7 @@ class Book:
         return out
 
     def _leave(self, entry: Entry) -> None:
-        self._run = None
+        self._run = self._tally = None
         if self._queue[0] is entry:
             self._queue.popleft()
         else:

@@ -26,7 +26,7 @@ from typing import assert_never
 from schemas.commands import Interrupt, SessionAttach, SessionEnd, SessionStart, Speak
 from worker.core.book import Book
 from worker.core.interrupts import Interrupts
-from worker.core.model import CallKind, CallResult, Entry, Session, Viewer, speak_of
+from worker.core.model import CallKind, CallResult, Entry, Session, Viewer
 from worker.core.retry import Attempts
 from worker.core.sequence import Disorder, Sequence
 from worker.core.session_plan import SessionPlan
@@ -105,9 +105,8 @@ class Lane:
         """Characters of speech that wait for the API; none where the lane waits for more text."""
         if self._holds:
             return 0
-        spoken, piece = self._book.memory.spoken, self._speech.piece
-        waiting = sum(len(speak_of(chunk).text) - spoken.get(chunk.key, 0) for chunk in self._book.chunks())
-        return waiting - sum(part.end - part.start for part in (piece.parts if piece else ()))
+        piece = self._speech.piece
+        return self._book.waiting_chars() - sum(part.end - part.start for part in (piece.parts if piece else ()))
 
     def take_interrupts(self) -> list[Entry]:
         """The interrupts to tell the API of now, beside any call that is under way; `interrupted` says how it went."""

@@ -26,12 +26,14 @@ from typing import NamedTuple
 
 import regex
 
-from worker.core.shaping.markup import PICTURE, STARTS, WIDE, Clean, Pattern, grammar
+from worker.core.shaping.markup import BLOCK_TAGS, CONTROL, INLINE_TAGS, PICTURE, STARTS, WIDE, Clean, Pattern, grammar
 
 _CLOSING = frozenset(".,;:!?…)]}%。、，；：！？）」』】”»")
-_BLOCK_TAGS = frozenset("br p li ul ol tr div h1 h2 h3 h4 h5 h6 hr table blockquote".split())
+_AROUND = {"(": ")", "[": "]", "“": "”", "（": "）"}
+_STOPS = frozenset(".!?…。！？")
+_LEAD: Pattern = regex.compile(r"[ \u00a0\u202f]?[,;:–—]?\ ?\Z")  # of what has vanished: "Look here: https://… ."
 _WIDE: Pattern = regex.compile(f"[{WIDE}]")
-_MAYBE_FENCE_END: Pattern = regex.compile(r"(?m)^[ \t>]{0,80}`{0,99}[ \t\r]{0,80}\Z")
+_MAYBE_FENCE_END: Pattern = regex.compile(r"(?m)^[ \t>]{0,80}[`~]{0,99}[ \t\r]{0,80}\Z")
 
 
 class MarkUp(NamedTuple):
@@ -127,6 +129,8 @@ class Cleaner:
         if kind in ("text", "number", "digits"):
             self._become(at, line="text")
             return self._read_inline(at)
+        if token and kind == "fence":
+            return self._read_token(token)
         if kind in ("heading", "row"):
             self._become(at, line="heading" if kind == "heading" else "table")
         return token.end() if token else at
@@ -153,7 +157,7 @@ class Cleaner:
                 self._say(" ", at)
             case "fence":
                 self._break(at)
-                self._become(at, open="\n" + token["fence_ticks"])
+                self._become(at, open="\n" + token["fence_mark"])
             case "code":
                 self._become(at, open=found)
             case "tick" if len(found) == len(self._open):
@@ -166,26 +170,25 @@ class Cleaner:
                 self._become(at, open="-->")
             case "silent":
                 self._become(at, open=f"</{token['silent_tag']}>")
-            case "tag" if token["tag_name"].lower() in _BLOCK_TAGS:
+            case "tag" if self._is_plain(token):
+                self._say("<", at)
+                return at + 1
+            case "tag" if token["tag_name"].lower() in BLOCK_TAGS:
                 self._break(at)
             case "entity":
                 said = html.unescape(found)
-                self._say(" " if said.isspace() else said, at)
+                return self._decoded(" " if said.isspace() else said, token)
             case "emphasis" if self._is_literal(token):
                 self._say(found, at)
             case "escape":
                 self._say(self._raw[at + 1], at)
                 return at + 2
             case "pair":
-                self._pair(found, at)
-            case "picture":
-                self._picture(at)
+                return self._decoded(found.encode("utf-16", "surrogatepass").decode("utf-16"), token)
             case "pipe":
                 self._pipe(token)
-            case "url":
-                return self._url(token)
-            case "gone":
-                self._gone = True
+            case "picture" | "url" | "gone":
+                return self._vanish(token)
         return token.end()
 
     # -- Tokens that need a thought
@@ -210,17 +213,18 @@ class Cleaner:
         single = len(mark) == 1 and before.isascii() and after.isascii()
         return (before.isdecimal() and after.isdecimal()) or (single and before.isalnum() and after.isalnum())
 
-    def _pair(self, found: str, at: int) -> None:
-        character = found.encode("utf-16", "surrogatepass").decode("utf-16")
-        if self._clean.emoji and PICTURE.match(character):
-            self._picture(at)
-        else:
-            self._say(character, at)
+    def _is_plain(self, tag: regex.Match[str]) -> bool:
+        """Whether it is no tag. Directly behind a word only HTML is one: `un<i>believ</i>able`, but not `List<T>`."""
+        name = tag["tag_name"]
+        known = (name if len(name) == 1 else name.lower()) in INLINE_TAGS | BLOCK_TAGS
+        return self._end().isalnum() and not known and not tag["closing_tag"]
 
-    def _picture(self, at: int) -> None:
-        if self._end().isalnum() and not _WIDE.match(self._end()):
-            self._say(" ", at)  # "great🎉thanks"
-        self._gone = True
+    def _decoded(self, said: str, token: regex.Match[str]) -> int:
+        if self._clean.emoji and PICTURE.match(said):
+            return self._vanish(token)
+        if not (self._clean.controls and CONTROL.match(said)):
+            self._say(said, token.start())
+        return token.end()
 
     def _pipe(self, token: regex.Match[str]) -> None:
         if self._line != "table":
@@ -230,11 +234,16 @@ class Cleaner:
                 self._drop_end(1)
             self._say(" " if self._end() in ("", " ", "\n", ",") else ", ", token.start())
 
-    def _url(self, token: regex.Match[str]) -> int:
+    def _vanish(self, token: regex.Match[str]) -> int:
+        """Say nothing of the token. Brackets around it go, too, if it is one behind which a character has arrived."""
         self._gone = True
-        if self.text.endswith("(") and self._raw[token.end() : token.end() + 1] == ")":
+        pairs = _AROUND if token.lastgroup in ("picture", "url", "gone") else {}
+        if self.text and self._raw[token.end() : token.end() + 1] == pairs.get(self.text[-1]):
             self._drop_end(1)
             return token.end() + 1
+        if token.lastgroup not in ("url", "gone") and self._end().isalnum() and not _WIDE.match(self._end()):
+            self._say(" ", token.start())  # "great🎉thanks"
+            self._gone = True
         return token.end()
 
     # -- Writing
@@ -249,8 +258,11 @@ class Cleaner:
             said, at = said[1:], at + 1
         if not said:
             return
-        if self._gone and said[0] in _CLOSING and self.text.endswith(" "):
-            self._drop_end(1)  # "see https://example.com ."
+        if self._gone and said[0] in _CLOSING:
+            if said[0] in _STOPS and (lead := _LEAD.search(self.text)):
+                self._drop_end(len(lead[0]))
+            elif self.text.endswith(" "):
+                self._drop_end(1)  # "see https://example.com ,"
         self._gone = False
         self._put(said, at)
 
@@ -282,4 +294,4 @@ class Cleaner:
 @cache
 def _fence_end(fence: str, *, final: bool) -> Pattern:
     end = r"(?:\n|\Z)" if final else r"\n"
-    return regex.compile(rf"(?m)^[ \t>]{{0,80}}`{{{len(fence) - 1},}}[ \t\r]{{0,80}}{end}")
+    return regex.compile(rf"(?m)^[ \t>]{{0,80}}{fence[1]}{{{len(fence) - 1},}}[ \t\r]{{0,80}}{end}")

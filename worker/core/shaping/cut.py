@@ -57,10 +57,33 @@ class Cutting:
 
 # Languages that write ordinals with a dot: "3. Oktober", "Ludwig XIV. war".
 _ORDINAL_DOT = frozenset("bs cs da de et fi fo hr hu is lb lt lv nb nn no pl sk sl sr tr".split())
-# Short forms that end no sentence and behind which sentencex 1.0 cuts.
-_SHORT = frozenset(
-    "approx col dr fig figs gen ing lt mevr mlle mme mr mrs pág prof rev sgt sr sra ul डॉ प्रो श्री".split()
-)
+# Short forms that end no sentence and behind which sentencex 1.0 cuts: in any language, and in one.
+_SHORT = frozenset("approx col dr fig figs gen lt mme mr mrs ms prof rev sgt sr sra डॉ प्रो श्री".split())
+_SHORT_IN = {
+    language: frozenset(words.split())
+    for language, words in {
+        "bn": "ডা ড মো",
+        "cs": "doc ing mgr mudr judr např tzv",
+        "de": "abb abs abzgl allg anm aufl bd bspw dt einschl engl entspr exkl fa fam frz geb gem griech hrn hrsg ing"
+        " inkl insb insbes jew kap lat max min mind pfr resp sek tab tel verh zzgl",
+        "el": "αγ αρ αριθ βλ δηλ εικ καθ κκ λεωφ οδ πίν σελ τηλ τόμ",
+        "en": "eds eq est incl vol",
+        "es": "aprox cía dña excmo gral ilmo mons profa srta sto sta",
+        "fr": "env éd mgr mlle réf ste st tél vol",
+        "hi": "कु पं श्रीमती सं",
+        "id": "hj ir jl jln kab kec ny prov tn",
+        "it": "circa pag pagg",
+        "nl": "excl incl ing mevr mw tel",
+        "pl": "al hab im inż ks mgr np os pl pn por tj ul ust zob św",
+        "pt": "aprox arq av cap cia máx mín pág págs profª pç srta sta sto tel vol",
+        "ru": "гл доц им инж коп обл оз пл прим рис св ср табл тел ул",
+        "sv": "jfr kl resp",
+        "th": "ดร ผศ รศ ศ นพ พญ",
+        "tr": "apt av bkz cad doç mah müh org sk sn sok yrd",
+        "uk": "вул ім пан просп св тов",
+        "vi": "bs gs pgs ths tp tr ts",
+    }.items()
+}
 
 _STOP = r"[\p{STerm}…‥]"
 _CLOSER = r"""["'”’“»›)\]}」』）】》〉〕］]"""
@@ -101,6 +124,7 @@ _WIDE_END: Pattern = regex.compile(rf"[{WIDE}]\Z")
 _HAN: Pattern = regex.compile(r"\p{Han}")
 _HIRAGANA: Pattern = regex.compile(r"\p{Hiragana}")
 _SYLLABLE: Pattern = regex.compile(r"[\p{Hiragana}\p{Katakana}\p{Hangul}]")
+_GERSHAYIM: Pattern = regex.compile(r"\p{Hebrew}{2}")  # around a `"` inside a word: ד"ר
 _GRAPHEME: Pattern = regex.compile(r"[`*_~]++|\X")  # literal mark-up stays together, too
 
 _PAIRS = {
@@ -227,6 +251,7 @@ class Cutter:
         return (
             (len(word) == 1 and word.isalpha() and self._language != "en")  # sentencex knows English initials
             or word.casefold() in _SHORT
+            or word.casefold() in _SHORT_IN.get(self._language, ())
             or (first.isdecimal() and 0 < len(word) < 5)  # No. 5, Figs. 3, рис. 2
             or (ordinals and _ROMAN.fullmatch(word) is not None)
         )
@@ -250,7 +275,11 @@ def _follow(text: str, begin: int, end: int, open_: _Open | None) -> _Open | Non
     """The outermost quotation or bracket that is open behind `text[begin:end]`, given the one in front of it."""
     for at in range(begin, end):
         mark, before, after = text[at], text[at - 1 : at], text[at + 1 : at + 2]
-        if mark not in _MARKS or (mark == "’" and after.isalpha()):
+        if (
+            mark not in _MARKS
+            or (mark == "’" and after.isalpha())
+            or (mark == '"' and _GERSHAYIM.match(before + after))
+        ):
             continue
         if open_:
             if mark in _PAIRS[open_.mark] and not (mark == "'" and after.isalpha()):

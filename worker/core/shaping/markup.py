@@ -24,11 +24,11 @@ class Clean:
     emphasis: bool = True  # `*`, `_`, `~~` and escapes, but not in `2 * 3` or `snake_case`
     headings: bool = True  # `## `, rules (`---`) and underlines
     lists: bool = True  # bullets, task boxes, `>` of quotations, pipes of tables; the numbers of a list are spoken
-    links: bool = True  # links and images keep their text; footnote marks and citations (`[1]`) go
+    links: bool = True  # links and images keep their text; footnote marks, citations (`[1]`), definitions (`[1]: …`) go
     code: bool = True  # fenced blocks go with all they contain, of `inline code` only the ticks
     urls: bool = True  # bare and `<angled>` addresses; e-mail addresses stay
-    emoji: bool = True
-    html: bool = True  # tags and comments go, think, script and style with all they contain; entities are replaced
+    emoji: bool = True  # one in front of a line is a bullet
+    html: bool = True  # tags, comments, think, script, style go (not `a<b`, `List<T>`); entities are replaced
     controls: bool = True  # control, zero-width, direction and private-use characters; the joiners of scripts stay
 
 
@@ -54,19 +54,35 @@ _CONTROL = (
 )
 _WORD_START = rf"(?<![[\p{{L}}\p{{N}}]--[{WIDE}]])"
 
+_TITLE = r"""(?:[ \t]{1,4}["'(][^\n]{0,200}?["')])?[ \t]{0,4}"""
+_TITLE_MORE = r"""(?:[ \t]{1,4}(?:["'(][^\n]{0,210})?)?"""
 # Destination and title of a link; the parentheses of Wikipedia addresses nest once.
-_TARGET = (
-    r"[^()\s]{0,1000}(?:\([^()\s]{0,200}\)[^()\s]{0,200}){0,2}"
-    r"""(?:[ \t]{1,4}["'(][^\n]{0,200}?["')])?[ \t]{0,4}"""
-)
-_TARGET_MORE = r"""[^\s]{0,1900}(?:[ \t]{1,4}(?:["'(][^\n]{0,210})?)?MORE"""
+_TARGET = r"(?:<[^<>\n]{0,1000}>|[^()\s]{0,1000}(?:\([^()\s]{0,200}\)[^()\s]{0,200}){0,2})" + _TITLE
+_TARGET_MORE = rf"(?:<[^<>\n]{{0,1000}}>?|\S{{0,1900}}){_TITLE_MORE}MORE"
 _SCHEME = rf"{_WORD_START}(?i:https?://|www\.)"
+_SCHEME_SO_FAR = r"(?i:h|ht|htt|https?:?/?|w{1,3})"
 _URL_CHARACTER = (
     rf"""(?:[^\s<>"'“”„«»‘’`|\\^{{}}()\[\]{WIDE}\u3001-\u303f\uff01-\uff0f\uff1a-\uff5e]"""
     r"|\([^\s()<>]{0,200}\))"
 )
 
+# `<b and c>` in `a<b and c>d` is no tag: an attribute has a value, or is one of those that need none.
+_ATTRIBUTES = (
+    r"""(?:\s+(?:[\w:@.-]+=(?:"[^"<>\n]*"|'[^'<>\n]*'|[^\s"'<>=`]+)"""
+    r"|(?:async|autoplay|checked|controls|defer|disabled|hidden|loop|multiple|muted|open|required|selected)(?=[\s/>])))*+"
+)
+_TAG = (
+    r"<(?P<closing_tag>/)?(?P<tag_name>[A-Za-z][A-Za-z0-9-]{0,30})(?=[\s/][^<>\n]{0,300}>|>)" + _ATTRIBUTES + r"\s*+/?>"
+)
+
+BLOCK_TAGS = frozenset(
+    "br p li ul ol tr td th div h1 h2 h3 h4 h5 h6 hr table blockquote pre dl dt dd details summary".split()
+)
+INLINE_TAGS = frozenset(
+    "a abbr b big cite code del em font i img ins kbd mark q s samp small span strike strong sub sup tt u var".split()
+)
 PICTURE: Pattern = regex.compile(rf"(?V1)[{_PICTURE}]")
+CONTROL: Pattern = regex.compile(rf"[{_CONTROL}]")
 # The one search that every chunk pays for: where something else than plain text could begin.
 STARTS: Pattern = regex.compile(
     rf"(?V1)[*_~`<\[\]【&|\\{LINE_FEEDS}{SPACES[1:]}\ufe0e\ufe0f\u20e3\ud800-\udfff{_CONTROL}{_PICTURE}]"
@@ -91,7 +107,7 @@ _CONTROL_TOKENS: _Tokens = (("drop", rf"[{_CONTROL}]+"),)
 
 _INLINE: dict[str, _Tokens] = {
     "code": (
-        ("fence", r"(?P<fence_ticks>`{3,16}+)[^`\n]{0,240}\n"),
+        ("fence", r"(?P<fence_mark>`{3,16}+)[^`\n]{0,240}\n"),
         ("code", r"(?P<ticks>`{1,16}+)(?=[^`\n](?:[^\n]{0,198}?[^`\n])??(?P=ticks)(?:[^`]|END))"),
         ("wait", r"`{1,16}+[^\n]{0,240}MORE"),
         ("drop", r"`{1,16}"),
@@ -99,22 +115,22 @@ _INLINE: dict[str, _Tokens] = {
     "links": (
         ("link", rf"\[(?=[^\[\]\n]{{0,200}}\]\({_TARGET}\))"),
         ("wait", rf"\[[^\[\]\n]{{0,200}}(?:\]MORE|\]\({_TARGET_MORE}|MORE)"),
-        ("gone", r"\[\^?\d{1,3}\](?!\()"),
+        ("gone", r"\[(?:\d{1,3}|\^[^\[\]\s]{1,60})\](?!\()"),
         ("drop", rf"\]\({_TARGET}\)"),
         ("wait", rf"\](?:\({_TARGET_MORE}|MORE)"),
+        ("wait", r"【[^】\n]{0,161}】?MORE"),
         ("gone", r"【[^】\n]{0,80}†[^】\n]{0,80}】"),  # as some assistants cite
-        ("wait", r"【[^】\n]{0,161}MORE"),
     ),
     "html": (
         ("comment", r"<!--"),
         ("silent", r"<(?P<silent_tag>(?i:think|thinking|script|style))(?:\s[^<>\n]{0,300})?>"),
-        ("tag", r"</?(?P<tag_name>[A-Za-z][A-Za-z0-9-]{0,30})(?:[\s/][^<>\n]{0,300})?>"),
+        ("tag", _TAG),
         ("wait", r"<(?:!-?|/?(?:[A-Za-z][A-Za-z0-9-]{0,30}(?:[\s/][^<>\n]{0,300})?)?)MORE"),
         ("entity", r"&(?:#\d{1,7}|#[xX][0-9A-Fa-f]{1,6}|[A-Za-z][A-Za-z0-9]{1,30});"),
         ("wait", r"&(?:#?[0-9A-Za-z]{0,31})MORE"),
     ),
     "urls": (
-        ("wait", rf"<?{_WORD_START}(?i:h|ht|htt|https?:?/?|w{{1,3}})MORE|<MORE"),
+        ("wait", rf"<?{_WORD_START}{_SCHEME_SO_FAR}MORE|<MORE"),
         ("wait", rf"<?{_SCHEME}{_URL_CHARACTER}{{0,2000}}(?:\([^\s()<>]{{0,200}})?MORE"),
         (
             "url",
@@ -125,6 +141,7 @@ _INLINE: dict[str, _Tokens] = {
         ("wait", r"(?:\*{1,99}|_{1,99}|~{1,99}|\\)MORE"),
         ("emphasis", r"\*{1,99}|_{1,99}|~{2,99}"),
         ("escape", r"\\(?=[!-/:-@\[-`{-~])"),
+        ("drop", r"\\(?=\n)"),
     ),
     "lists": (("wait", r"\|[ \t]{0,99}MORE"), ("pipe", r"\|[ \t]{0,99}")),
     "emoji": _EMOJI_TOKENS,
@@ -140,21 +157,40 @@ _CODE: dict[str, _Tokens] = {
 _BLOCK_ALWAYS: _Tokens = (
     ("newline", rf"[{LINE_FEEDS}]"),
     ("space", rf"[{SPACES}]+"),
-    ("digits", r"\d{1,3}[.)]?MORE"),
-    ("number", r"(?=\d{1,3}[.)][ \t])"),
+    ("digits", r"(?:\d{1,3}(?:[.)]|\ufe0f)?|[A-Za-z]\)?)MORE"),
+    ("number", r"(?=(?:\d{1,3}[.)]|[A-Za-z]\))[ \t])"),
 )
+_BULLETS = r"\-*+•‣⁃◦▪■□●○·➤➢–—"
 _BLOCK: dict[str, _Tokens] = {
     "headings": (
         ("wait", r"#{1,6}MORE|(?P<rule_so_far>[-*_=])(?:[ \t]{0,9}(?P=rule_so_far)){0,199}[ \t]{0,99}MORE"),
-        ("heading", r"#{1,6}[ \t]"),
+        ("heading", r"#{1,6}[ \t]|#{2,6}(?=[^\s#])"),
         ("marker", rf"(?P<rule>[-*_=])(?:[ \t]{{0,9}}(?P=rule)){{2,199}}[ \t]{{0,99}}(?=[{LINE_FEEDS}]|END)"),
     ),
     "lists": (
-        ("wait", r"[-*+•‣◦▪●○·](?:[ \t]{1,9}(?:\[(?:[ xX]\]?)?)?)?MORE"),
-        ("marker", r"[-*+•‣◦▪●○·][ \t]{1,9}(?:\[[ xX]\][ \t])?|>"),
+        ("wait", rf"[{_BULLETS}](?:[ \t]{{1,9}}(?:\[(?:[ xX]\]?)?)?)?MORE"),
+        ("marker", rf"[{_BULLETS}][ \t]{{1,9}}(?:\[[ xX]\][ \t])?|>"),
         ("wait", r"\|[-:| \t]{0,800}MORE"),
         ("marker", rf"\|[-:| \t]{{1,800}}(?=[{LINE_FEEDS}]|END)"),
         ("row", r"\|"),
+    ),
+    "links": (
+        ("marker", rf"\[[^\[\]\n]{{1,100}}\]:[ \t]{{1,9}}<?{_SCHEME}\S{{0,1000}}{_TITLE}(?=[{LINE_FEEDS}]|END)"),
+        (
+            "wait",
+            rf"\[[^\[\]\n]{{1,100}}\]:[ \t]{{0,9}}<?(?:{_SCHEME}\S{{0,1000}}{_TITLE_MORE}|{_SCHEME_SO_FAR})?MORE",
+        ),
+        ("wait", r"\[[^\[\]\n]{0,100}\]?MORE"),
+        ("marker", r"\[(?:\d{1,3}|\^[^\[\]\s]{1,60})\]:"),
+    ),
+    "code": (
+        ("wait", r"~{1,2}MORE|~{3,16}+[^~\n]{0,240}MORE"),
+        ("fence", r"(?P<fence_mark>~{3,16}+)[^~\n]{0,240}\n"),
+    ),
+    "emoji": (
+        ("wait", rf"{_EMOJI}{{1,64}}MORE"),
+        ("marker", rf"{_EMOJI}{{1,64}}"),
+        ("number", r"(?=\d{1,3}\ufe0f?\u20e3)"),
     ),
 }
 
