@@ -27,7 +27,9 @@ PLAYBACK_MARGIN_S = 2.0
 END_ATTEMPTS = 3
 """Calls of `/end` before a session is given up: the API's own idle time-out ends it then."""
 
-_HELD_BACK = CallResult(CallKind.NOT_TAKEN, error="the Avatar API fails, and its calls are held back", local=True)
+_HELD_BACK = CallResult(
+    CallKind.NOT_TAKEN, error="the Avatar API fails or wants a pause: its calls are held back", local=True
+)
 _NO_AVATAR = CallResult(CallKind.REFUSED, error="no avatar: name one in session.start, or set AVATAR_ID")
 
 
