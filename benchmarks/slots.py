@@ -175,10 +175,8 @@ def judge(run: Run, found: list[View]) -> int:
     print(f"{len(run.sent)} commands, {len(starts)} starts, {len(found)} sessions, {len(run.kills)} kills")
     for (type_, reason), times in sorted(words.items()):
         print(f"  {times:5} {type_} {reason}")
-    print(
-        f"sessions' ends told: {dict(run.ends)}; from publishing a start, behind what its conversation had queued, to its"
-    )
-    print(f"end: {quantiles(took)}")
+    print(f"sessions' ends told: {dict(run.ends)}")
+    print(f"from publishing a start, behind what its conversation had queued, to its end: {quantiles(took)}")
     print(
         f"at most {most} at once, {most_at_once(known)} of them known; {long} lived for more than "
         f"{API_IDLE_S} s, the oldest {max(ages, default=0):.0f} s; longest without a call {gap_s:.1f} s"
