@@ -143,6 +143,20 @@ class TestStart:
         assert len(answers(talk)) == 2
         assert len({event.id("s") for event in talk.events}) == 1
 
+    def test_a_repeat_of_one_that_failed_is_answered_as_it_was(self) -> None:
+        talk = Conversation(session=None)
+        for _ in range(2):
+            talk.offer(entry("m", type="session.start", reply_to=REPLY)).settle(REFUSED)
+        first, second = answers(talk)
+        assert str(first["error"]).startswith(second["error"])
+        assert first["status"] == second["status"] == REFUSED.status
+        assert talk.types == ["session.failed"] * 2
+
+    def test_a_repeat_after_the_session_s_end_is_told_so(self) -> None:
+        talk = Conversation(session=None).offer(entry("m", type="session.start", reply_to=REPLY), end()).settle()
+        talk.offer(entry("m", type="session.start", reply_to=REPLY)).settle()
+        assert "has ended" in answers(talk)[1]["error"]
+
     @pytest.mark.parametrize("other", [{"avatarId": "bob"}, {"voiceId": "v2"}])
     def test_another_avatar_or_voice_replaces_it_after_what_was_queued_before(self, other: dict[str, Any]) -> None:
         one = start(**other)
