@@ -180,13 +180,19 @@ class SessionStore(Protocol):
     async def unclaim(self, conversation_id: str, owner: str, now: float, slots: Slots, *, ghost: bool) -> None:
         """It was not created, or nobody knows (`ghost`). The conversation keeps its place in the line for a while."""
 
-    async def put(self, held: Held, owner: str, until: float) -> None:
-        """Keep a session, in place of any other of its conversation."""
+    async def leave(self, conversation_id: str, owner: str) -> None:
+        """Give up the conversation's place in the line."""
+
+    async def put(self, held: Held, owner: str, until: float) -> bool:
+        """Keep a session, in place of another of its conversation that `owner` holds, or nobody.
+
+        False, and nothing is changed: another worker was faster. One that is attached takes the place of any.
+        """
 
     async def renew(self, held: Mapping[str, Held], owner: str, until: float) -> set[str]:
         """Extend leases and note last uses, by conversation id; returns those that `owner` does not hold any more.
 
-        A session that is being created has no id yet.
+        A session that is being created, or stands in line to be, has no id yet.
         """
 
     async def adopt(self, owner: str, now: float, until: float, slots: Slots) -> list[Held]:
@@ -198,8 +204,8 @@ class SessionStore(Protocol):
         Or it has been used after `unused_since`: no call that was intended meanwhile meets a session that ends.
         """
 
-    async def lose(self, held: Held, owner: str) -> bool:
-        """The API does not know it any more; False as for `retire`."""
+    async def lose(self, held: Held, owner: str, ghost_until: float | None = None) -> bool:
+        """The API does not know it any more, or not its token; False as for `retire`. `ghost_until` as for `remove`."""
 
     async def remove(self, held: Held, owner: str, ghost_until: float | None = None) -> bool:
         """Forget the session; False as for `retire`. It may live on until then if nobody knows whether it ended."""

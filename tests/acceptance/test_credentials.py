@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+from pathlib import Path
 
 import aiohttp
 import pytest
@@ -84,3 +85,45 @@ async def test_an_app_token_that_is_refused_fails_what_needs_a_session(
     assert (failed["type"], failed["data"]["reason"]) == ("avatar.speech.failed", "credentials")
     assert "KALTURA_PARTNER_ID" in worker.log, "the operator is told what to look at"
     assert TOKEN not in worker.log
+
+
+async def test_a_kaltura_session_that_expires_is_renewed_ahead(
+    start_worker: StartWorker, simulator: Simulator, asker: Asker
+) -> None:
+    worker = await start_worker(**by_app_token(simulator, KALTURA_KS_EXPIRY_S="10"))
+    assert "token" in await asker.start("before")
+    await simulator.wait("ks-app-token", 2, stage="finished")
+    await simulator.fault(kind="drop", route="ks-widget", times=None)
+    assert "token" in await asker.start("after")
+    assert worker.log.count('"ks_renewed"') >= 2
+    refused = [call for call in (await simulator.transcript())["strays"] if call["route"] == "create"]
+    assert refused == [], "no create had to be refused first"
+
+
+async def test_one_that_was_revoked_is_replaced_within_the_call(
+    start_worker: StartWorker, simulator: Simulator, bus: Bus, asker: Asker
+) -> None:
+    worker = await start_worker(**by_app_token(simulator))
+    assert "token" in await asker.start("before")
+    await asyncio.sleep(5)  # a KS younger than this is not replaced
+    await simulator.post("ks/revoke")
+    assert "token" in await asker.start("after")
+    assert bus.of("session.failed") == []
+    await shows(worker, ready=True, authorized=True)
+
+
+async def test_a_file_is_rotated_while_the_worker_runs(
+    start_worker: StartWorker, simulator: Simulator, asker: Asker, tmp_path: Path
+) -> None:
+    file = tmp_path / "ks"
+    file.write_text("test-ks\n")
+    worker = await start_worker(AVATAR_KS=None, AVATAR_KS_FILE=str(file))
+    assert "token" in await asker.start("before")
+    await simulator.change(ks="the-next-ks")
+    assert (await asker.start("too-early"))["error"].startswith("credentials")
+    await shows(worker, ready=False, authorized=False)
+    file.write_text("the-next-ks\n")
+    await shows(worker, ready=True, authorized=True)
+    assert "token" in await asker.start("after")
+    assert '"ks_renewed"' in worker.log
+    assert "the-next-ks" not in worker.log

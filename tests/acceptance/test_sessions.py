@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from aio_pika import DeliveryMode
+from aio_pika.abc import AbstractIncomingMessage
 
 from tests.acceptance.conftest import Simulator, StartWorker
 from tests.support.bus import Bus, Document
@@ -20,19 +21,34 @@ class Asker:
         self._queue = queue
         self._asked = 0
 
-    async def start(self, conversation_id: str, **fields: object) -> Document:
+    async def start(self, conversation_id: str, *, expires_s: float = 30, **fields: Any) -> Document:
         """Start a session; returns the answer."""
+        return await self.answer(await self.ask(conversation_id, **fields), expires_s)
+
+    async def ask(self, conversation_id: str, headers: Document | None = None, **fields: object) -> str:
+        """Start a session; returns the correlation id."""
         self._asked += 1
         correlation_id = f"request {self._asked}"
-        command = {"type": "session.start", **fields}
-        await self._bus.send(conversation_id, command, reply_to=self._queue, correlation_id=correlation_id)
-        await self._bus.until(lambda: len(self._bus.answers) == self._asked)
-        answer = self._bus.answers[-1]
-        assert answer.correlation_id == correlation_id
+        properties: dict[str, Any] = {
+            "reply_to": self._queue,
+            "correlation_id": correlation_id,
+            "headers": headers or {},
+        }
+        await self._bus.send(conversation_id, {"type": "session.start", **fields}, **properties)
+        return correlation_id
+
+    async def answer(self, correlation_id: str, expires_s: float = 30) -> Document:
+        """The answer to that, once it is there."""
+
+        def found() -> list[AbstractIncomingMessage]:
+            return [one for one in self._bus.answers if one.correlation_id == correlation_id]
+
+        await self._bus.until(lambda: bool(found()))
+        (answer,) = found()
         assert answer.delivery_mode == DeliveryMode.NOT_PERSISTENT
-        assert answer.expiration is not None
-        found: dict[str, Any] = json.loads(answer.body)
-        return found
+        assert answer.expiration == expires_s
+        document: dict[str, Any] = json.loads(answer.body)
+        return document
 
 
 @pytest.fixture
@@ -69,6 +85,44 @@ async def test_a_start_is_answered_and_idempotent(
     assert len(bus.of("session.ready")) == 6, "five starts that were answered at once, and one that was not"
     secrets = [first["token"], other["token"], json.dumps(viewer["turn"])]
     assert not [secret for secret in secrets if secret in json.dumps(bus.events)]
+
+
+async def test_starts_that_race_with_speech_make_one_session(
+    start_worker: StartWorker, simulator: Simulator, bus: Bus, asker: Asker
+) -> None:
+    await start_worker()
+    spoken = [await bus.say("speaks-first", "t1", "Hello.")]
+    asked = [await asker.ask("speaks-first") for _ in range(2)]
+    asked += [await asker.ask("starts-first", headers={"reply-timeout-ms": 5_000})]
+    spoken += [await bus.say("starts-first", "t2", "Hello.")]
+    answers = [await asker.answer(one, expires_s=30 if one != asked[2] else 5) for one in asked]
+    assert [(await bus.ended(one))["type"] for one in spoken] == ["avatar.speech.accepted"] * 2
+    assert answers[0] == answers[1]
+    assert {one["sessionId"] for one in answers} == {session["id"] for session in await simulator.sessions()}
+    assert [session["spoken"] for session in await simulator.sessions()] == [["Hello."], ["Hello."]]
+
+
+async def test_a_start_is_answered_in_time_although_the_api_wants_to_be_left_alone(
+    start_worker: StartWorker, simulator: Simulator, bus: Bus, asker: Asker
+) -> None:
+    await start_worker(SESSION_WAIT_S="1")
+    await simulator.fault(kind="status", status=429, route="create", times=None, retry_after="60")
+    for name in ("told-so", "held-back"):
+        begun = time.monotonic()
+        answer = await asker.start(name)
+        assert time.monotonic() - begun < 4
+        assert "sessionId" not in answer
+        await bus.event("session.failed", name)
+
+
+async def test_nobody_waits_for_the_answer(start_worker: StartWorker, simulator: Simulator, bus: Bus) -> None:
+    await start_worker()
+    ready = await bus.ended(await bus.send("c", {"type": "session.start"}, reply_to="gone", correlation_id="1"))
+    assert ready["type"] == "avatar.session.ready"
+    await bus.ended(await bus.say("c", "t", "All the same."))
+    await bus.drained("avatar.commands.v1.p00")
+    (session,) = await simulator.sessions()
+    assert session["spoken"] == ["All the same."]
 
 
 async def test_a_start_that_fails_is_answered(
@@ -154,6 +208,91 @@ async def test_an_end_waits_for_the_playback(start_worker: StartWorker, simulato
     begun = time.monotonic()
     await bus.ended(await bus.send("c", {"type": "session.end"}))
     assert 1.4 < time.monotonic() - begun < 5
+
+
+async def test_an_interrupt_ends_the_wait_for_the_playback(
+    start_worker: StartWorker, simulator: Simulator, bus: Bus
+) -> None:
+    await start_worker(SESSION_END_WAIT_S="60")
+    await bus.ended(await bus.say("c", "t", "x" * 800))
+    end = await bus.send("c", {"type": "session.end"})
+    await bus.interrupt("c")
+    assert (await bus.ended(end))["data"]["reason"] == "requested"
+    (session,) = await simulator.sessions()
+    assert [call["route"] for call in session["calls"]] == ["create", "say-text", "interrupt", "end"]
+
+
+async def test_a_start_after_a_loss_has_the_new_hand_off(
+    start_worker: StartWorker, simulator: Simulator, bus: Bus, asker: Asker
+) -> None:
+    await start_worker(KEEP_ALIVE_S="1")
+    first = await asker.start("c", avatarId="ann")
+    await simulator.post(f"sessions/{first['sessionId']}/end")
+    assert (await bus.event("session.ended", "c"))["data"]["reason"] == "lost"
+    second = await asker.start("c")
+    assert second["sessionId"] != first["sessionId"]
+    assert [session["avatar_id"] for session in await simulator.sessions()] == ["ann", "ann"]
+
+
+async def test_a_lost_session_fails_the_turn_if_it_should(
+    start_worker: StartWorker, simulator: Simulator, bus: Bus, asker: Asker
+) -> None:
+    await start_worker(SESSION_ON_LOST="fail")
+    first = await asker.start("c", avatarId="ann")
+    await simulator.post(f"sessions/{first['sessionId']}/end")
+    failed = await bus.ended(await bus.say("c", "t", "To whom?"))
+    assert (failed["type"], failed["data"]["reason"]) == ("avatar.speech.failed", "session_lost")
+    assert len(await simulator.sessions()) == 1
+
+
+@pytest.mark.timeout(90)
+async def test_a_session_is_replaced_before_its_token_expires(
+    start_worker: StartWorker, simulator: Simulator, bus: Bus, asker: Asker
+) -> None:
+    await simulator.change(token_life_s=30)
+    await start_worker()
+    first = await asker.start("c", avatarId="ann")
+    ended = await bus.event("session.ended", "c", within_s=40)
+    assert (ended["data"]["reason"], ended["data"]["sessionId"]) == ("replaced", first["sessionId"])
+    await bus.until(lambda: len(bus.of("session.ready", "c")) == 2)
+    second = await asker.start("c")
+    assert second["sessionId"] == bus.of("session.ready", "c")[1]["data"]["sessionId"] != first["sessionId"]
+    old, new = await simulator.sessions()
+    assert (old["ended_by"], new["ended_by"], new["avatar_id"]) == ("request", None, "ann")
+
+
+@pytest.mark.timeout(90)
+async def test_what_a_dead_worker_leaves_is_kept_alive_and_ended_by_another(
+    start_worker: StartWorker, simulator: Simulator, bus: Bus
+) -> None:
+    first = await start_worker(KEEP_ALIVE_S="2", SESSION_IDLE_S="12")
+    await bus.ended(await bus.say("c", "t", "Hello."))
+    await bus.drained("avatar.commands.v1.p00")
+    await start_worker(KEEP_ALIVE_S="2", SESSION_IDLE_S="12")
+    await first.killed()
+    ended = await bus.event("session.ended", "c", within_s=40)
+    assert ended["data"]["reason"] == "idle"
+    (session,) = await simulator.sessions()
+    assert session["ended_by"] == "request"
+    assert session["max_gap_s"] < 10, "a lease, and the interval of keep-alives"
+
+
+@pytest.mark.timeout(90)
+async def test_a_creation_that_a_kill_has_cut_is_made_again_and_keeps_its_slot_for_a_while(
+    start_worker: StartWorker, simulator: Simulator, bus: Bus, asker: Asker
+) -> None:
+    settings = {"AVATAR_MAX_SESSIONS": "1", "SESSION_GHOST_S": "10", "SESSION_WAIT_S": "30"}
+    first = await start_worker(**settings)
+    await simulator.fault(kind="hang", route="create", when="after")
+    asked = await asker.ask("c")
+    await simulator.wait("create")
+    await first.killed()
+    await simulator.release()
+    await start_worker(**settings)
+    await bus.event("session.ready", "c", within_s=40)
+    ghost, session = await simulator.sessions()
+    assert session["created_epoch_s"] - ghost["created_epoch_s"] > 9
+    assert (await asker.answer(asked))["sessionId"] == session["id"]
 
 
 async def test_a_session_that_is_lost_is_recreated_and_asked_for_again(

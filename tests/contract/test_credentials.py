@@ -236,11 +236,24 @@ class TestMinted:
         old = await source.current()
         clock.now += 100
         mint.answers = [DOWN]
+        source.note(old, accepted=False)
         with pytest.raises(NoKs):
             await source.after(old)
         assert not source.ready
         clock.now += 1
         assert await source.current() == "ks2"
+
+    async def test_one_that_may_not_create_this_avatar_is_kept_while_the_service_is_down(self) -> None:
+        clock, mint = FakeClock(), Mint()
+        source = MintedKs(mint, clock)
+        old = await source.current()
+        clock.now += 100
+        mint.answers = [DOWN]
+        assert await asyncio.gather(*(source.after(old) for _ in range(5))) == [old] * 5
+        assert mint.asked == 2
+        assert source.ready
+        clock.now += 1
+        assert await source.after(old) == "ks2"
 
     async def test_one_that_has_expired_is_not_used(self) -> None:
         clock, mint = FakeClock(), Mint()

@@ -188,7 +188,7 @@ class TestEveryStore:
         nameless = held("nameless", replace(BARE, session_id=None))  # type: ignore[arg-type]
         puts = [store.put(one, "w1", 200.0) for one in (held("c1"), nameless, held("c2"))]
         done = await asyncio.gather(*puts, return_exceptions=True)
-        assert [type(one).__name__ for one in done] == ["NoneType", "IntegrityError", "NoneType"]
+        assert [type(one).__name__ for one in done] == ["bool", "IntegrityError", "bool"]
         assert await store.take("c1", "w1", 200.0) == held("c1")
         assert await store.take("c2", "w1", 200.0) == held("c2")
 
@@ -346,6 +346,33 @@ class TestClaims:
         assert await claimed(store, "c2", now=103.0, limit=2) is None
         assert await claimed(store, "c3", now=103.0, limit=2) is (Refusal.FULL if ghost else None)
 
+    async def test_the_ghost_is_as_old_as_the_claim_however_long_it_stood_in_line(self, store: SessionStore) -> None:
+        await store.put(held("taken"), "w1", 200.0)
+        await claimed(store, "c1", now=100.0, limit=1)
+        await store.remove(held("taken"), "w1")
+        assert await claimed(store, "c1", now=101.9, limit=1) is None
+        await store.adopt("w2", 110.0, 116.0, SLOTS)
+        assert await claimed(store, "c2", now=161.5, limit=1) is Refusal.FULL
+        assert await claimed(store, "c2", now=162.0, limit=1) is None
+
+    async def test_what_comes_too_late_does_not_replace_another_s(self, store: SessionStore) -> None:
+        await claimed(store, "c1")
+        assert await claimed(store, "c1", now=107.0, by="w2") is None
+        assert not await store.put(held(session=BARE), "w1", 200.0), "the other is creating one"
+        assert await store.put(held(), "w2", 200.0)
+        assert not await store.put(held(session=BARE), "w1", 200.0)
+        assert await store.put(replace(held(), last_used=150.0), "w1", 200.0), "the same session"
+        assert await store.put(held(session=replace(FULL, session_id="theirs")), "w2", 200.0), "it was attached"
+        assert (await store.take("c1", "w3", 200.0)) == held(session=replace(FULL, session_id="theirs"))
+
+    async def test_a_place_in_the_line_or_a_lost_one_is_no_session(self, store: SessionStore) -> None:
+        await claimed(store, "c1", limit=1, by="w2")
+        await store.put(held("c2", BARE), "w2", 200.0)
+        await claimed(store, "c3", limit=2, by="w2")
+        await store.lose(held("c2", BARE), "w2")
+        for name in ("c2", "c3"):
+            assert await store.put(held(name, replace(BARE, session_id="new")), "w1", 200.0)
+
     async def test_only_one_s_own_claim_is_given_back(self, store: SessionStore) -> None:
         await claimed(store, "c1")
         await store.unclaim("c1", "w2", 100.0, SLOTS, ghost=True)
@@ -376,6 +403,42 @@ class TestSlots:
         assert await claimed(store, "c2", now=101.0, limit=1) is Refusal.FULL
         assert await claimed(store, "c1", now=101.0, limit=1) is Refusal.FULL
         assert await claimed(store, "c0", now=101.0, limit=1) is None
+
+    async def test_whatever_the_clocks_of_the_workers_say(self, store: SessionStore) -> None:
+        await store.put(held("taken"), "w1", 200.0)
+        assert await claimed(store, "c0", now=101.0, limit=1, by="ahead") is Refusal.FULL
+        assert await claimed(store, "c1", now=100.0, limit=1, by="behind") is Refusal.FULL
+        await store.remove(held("taken"), "w1")
+        assert await claimed(store, "c1", now=100.5, limit=1, by="behind") is Refusal.FULL
+        assert await claimed(store, "c0", now=101.5, limit=1, by="ahead") is None
+
+    async def test_a_create_that_was_not_taken_goes_back_to_the_place_it_had(self, store: SessionStore) -> None:
+        await store.put(held("taken"), "w1", 200.0)
+        for n in range(2):
+            assert await claimed(store, f"c{n}", now=100.0 + n, limit=1) is Refusal.FULL
+        await store.remove(held("taken"), "w1")
+        assert await claimed(store, "c0", now=101.5, limit=1) is None
+        await store.unclaim("c0", "w1", 102.0, slots(1), ghost=False)
+        assert await claimed(store, "c1", now=102.5, limit=1) is Refusal.FULL
+        assert await claimed(store, "c0", now=102.5, limit=1) is None
+
+    async def test_a_place_is_kept_for_whoever_says_so(self, store: SessionStore) -> None:
+        await claimed(store, "c0", limit=1)
+        await store.unclaim("c0", "w1", 100.0, slots(1), ghost=False)
+        waiting = Held("c0", Session("", ""), 0.0)
+        assert await store.renew({"c0": waiting}, "w1", 130.0) == set()
+        assert await claimed(store, "c1", now=129.0, limit=1) is Refusal.FULL
+        await store.leave("c0", "w2")
+        assert await claimed(store, "c1", now=129.0, limit=1) is Refusal.FULL, "it is not theirs to give up"
+        await store.leave("c0", "w1")
+        assert await claimed(store, "c1", now=129.0, limit=1) is None
+
+    async def test_nobody_leaves_the_line_with_a_session(self, store: SessionStore) -> None:
+        await store.put(held(), "w1", 200.0)
+        await claimed(store, "c2")
+        for name in ("c1", "c2"):
+            await store.leave(name, "w1")
+        assert await claimed(store, "c3", limit=2) is Refusal.FULL
 
     async def test_who_has_left_the_line_holds_nobody_up(self, store: SessionStore) -> None:
         await store.put(held("taken"), "w1", 200.0)

@@ -21,7 +21,7 @@ from tests.support.conversation import (
     speak,
 )
 from worker.core.model import CallKind, CallResult, Entry, ReplyTo, Session, Viewer
-from worker.core.work import Attach, Close, InitClient, Open, Rules, Say
+from worker.core.work import Attach, Close, InitClient, Open, Rules, Say, Wait
 
 REPLY = ReplyTo("answers", "corr", 30_000)
 LIMIT = CallResult(CallKind.NOT_TAKEN, 429, retry_after_s=3)
@@ -143,6 +143,20 @@ class TestStart:
         assert len(answers(talk)) == 2
         assert len({event.id("s") for event in talk.events}) == 1
 
+    def test_a_repeat_of_one_that_failed_is_answered_as_it_was(self) -> None:
+        talk = Conversation(session=None)
+        for _ in range(2):
+            talk.offer(entry("m", type="session.start", reply_to=REPLY)).settle(REFUSED)
+        first, second = answers(talk)
+        assert str(first["error"]).startswith(second["error"])
+        assert first["status"] == second["status"] == REFUSED.status
+        assert talk.types == ["session.failed"] * 2
+
+    def test_a_repeat_after_the_session_s_end_is_told_so(self) -> None:
+        talk = Conversation(session=None).offer(entry("m", type="session.start", reply_to=REPLY), end()).settle()
+        talk.offer(entry("m", type="session.start", reply_to=REPLY)).settle()
+        assert "has ended" in answers(talk)[1]["error"]
+
     @pytest.mark.parametrize("other", [{"avatarId": "bob"}, {"voiceId": "v2"}])
     def test_another_avatar_or_voice_replaces_it_after_what_was_queued_before(self, other: dict[str, Any]) -> None:
         one = start(**other)
@@ -174,6 +188,35 @@ class TestStart:
         talk.settle(*[outcome] * 100)
         assert talk.ends(one) == ["session.failed unavailable"]
         assert 10 <= talk.now - began < 21
+
+    @pytest.mark.parametrize(("status", "reason"), [(429, "capacity"), (503, "unavailable")])
+    def test_it_is_answered_in_time_whenever_the_api_wants_to_be_asked_again(self, status: int, reason: str) -> None:
+        one = start()
+        talk = Conversation(session=None).offer(one)
+        began = talk.now
+        talk.settle(CallResult(CallKind.NOT_TAKEN, status, retry_after_s=60))
+        assert talk.ends(one) == [f"session.failed {reason}"]
+        assert talk.now - began == pytest.approx(10)
+        assert answers(talk)[0]["status"] == status
+
+    def test_it_is_answered_in_time_while_all_calls_are_held_back(self) -> None:
+        one = start()
+        talk = Conversation(session=None).offer(one)
+        began = talk.now
+        step = talk.lane.next(began, began + 120)
+        assert step.work == Wait(began + 10)
+        (failed,) = talk.lane.next(began + 10, began + 120).conclusions
+        assert failed.entries == (one,)
+        assert failed.answer is not None
+        assert str(failed.answer.payload["error"]).startswith("unavailable")
+
+    def test_each_start_has_its_own_time(self) -> None:
+        first, second = start(), start()
+        talk = Conversation(session=None).offer(first, second)
+        began = talk.now
+        talk.settle(*[NOT_TAKEN] * 200)
+        assert talk.ends(first) == talk.ends(second) == ["session.failed unavailable"]
+        assert 19 < talk.now - began < 22
 
     def test_no_avatar_at_all(self) -> None:
         one = start()

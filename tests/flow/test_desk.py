@@ -9,6 +9,7 @@ from tests.flow.conftest import Fleet, Flow
 from tests.support.fakes import idle, until
 from worker.core.model import CallKind, CallResult, Session
 from worker.core.work import Attach, CallInterrupt, Close, InitClient, Open
+from worker.ports import Slots
 
 GONE = CallResult(CallKind.GONE, 410)
 DOWN = CallResult(CallKind.NOT_TAKEN, 503)
@@ -159,3 +160,89 @@ async def test_a_session_another_worker_adopted_meanwhile_is_taken_back(flow: Fl
     await flow.all_settled()
     assert flow.api.verbs() == ["create", "say", "say"]
     assert (await flow.store.rows())["c1"].owner == "w1"
+
+
+@pytest.mark.parametrize("attached", [False, True])
+async def test_a_session_whose_token_ran_out_keeps_its_slot_for_a_while(fleet: Fleet, attached: bool) -> None:
+    """Nobody can end it any more, and the API keeps it until its own time-out."""
+    flow = fleet.join("w1", slots=Slots(1))
+    now = flow.clock()
+    await flow.desk.keep("c1", Session("s1", "token", "ann", attached=attached, expires_at=now + 50))
+    flow.clock.now += 50
+    flow.api.results["interrupt"] = [CallResult(CallKind.GONE, 401)]
+    await flow.desk.interrupt("c1")
+    assert (await flow.call("c2", OPEN))[0].kind is CallKind.FULL
+    flow.clock.now += 61
+    assert (await flow.call("c2", OPEN))[0].kind is CallKind.OK
+
+
+class TestAdoptedUnnoticed:
+    """Another worker has adopted the session, and this one goes on as if it held it."""
+
+    @pytest.fixture
+    async def other(self, flow: Flow, fleet: Fleet) -> Flow:
+        await flow.call("c1", OPEN)
+        other = fleet.join("w2")
+        await other.desk.recall("c1")
+        return other
+
+    @pytest.mark.usefixtures("other")
+    async def test_it_is_ended_all_the_same(self, flow: Flow) -> None:
+        assert (await flow.call("c1", Close(last_attempt=False)))[0].kind is CallKind.OK
+        assert flow.api.verbs() == ["create", "end"]
+        assert not await flow.store.rows()
+
+    @pytest.mark.usefixtures("other")
+    async def test_an_interrupt_is_told_to_the_api(self, flow: Flow) -> None:
+        flow.desk.leases.clear()
+        assert (await flow.desk.interrupt("c1")).kind is CallKind.OK
+        assert flow.api.verbs() == ["create", "interrupt"]
+
+    @pytest.mark.usefixtures("other")
+    async def test_an_interrupt_while_the_store_is_out_of_reach_is_not(self, flow: Flow) -> None:
+        flow.desk.leases.clear()
+        flow.store.way.broken = True
+        assert await flow.desk.interrupt("c1") == STALE
+
+    async def test_one_that_ends_is_not_ended_again(self, flow: Flow, other: Flow) -> None:
+        await other.call("c1", Close(last_attempt=False))
+        assert (await flow.call("c1", Close(last_attempt=False)))[0] == STALE
+        assert "end" not in flow.api.verbs()
+
+
+class TestTooLate:
+    """A worker was out of touch for so long that the conversation has another session by now."""
+
+    async def test_a_session_that_comes_then_is_ended_and_replaces_none(self, flow: Flow, fleet: Fleet) -> None:
+        other = fleet.join("w2")
+        next(other.api._sessions)
+        gate = flow.api.gates["create"] = asyncio.Event()
+        creating = asyncio.create_task(flow.call("c1", OPEN))
+        await until(lambda: flow.api.calls)
+        flow.clock.now += 7
+        _, theirs = await other.call("c1", OPEN)
+        gate.set()
+        result, session = await creating
+        assert (result.kind, result.local, session) == (CallKind.NOT_TAKEN, True, None)
+        assert flow.api.verbs() == ["create", "end"]
+        assert not flow.desk.leases
+        assert await other.desk.recall("c1") == (theirs, None)
+
+    @pytest.mark.parametrize("by", ["keeper", "lane"])
+    async def test_one_that_could_not_be_noted_then_is_ended(self, flow: Flow, fleet: Fleet, by: str) -> None:
+        other = fleet.join("w2")
+        next(other.api._sessions)
+        gate = flow.api.gates["create"] = asyncio.Event()
+        opening = asyncio.create_task(flow.call("c1", OPEN))
+        await until(lambda: flow.api.calls)
+        flow.store.way.broken = True
+        gate.set()
+        await opening
+        flow.clock.now += 7
+        _, theirs = await other.call("c1", OPEN)
+        flow.store.way.broken = False
+        if by == "keeper":
+            await flow.tick()
+            assert not flow.desk.leases
+        assert await flow.desk.recall("c1") == (theirs, None)
+        assert flow.api.verbs() == ["create", "end"]

@@ -3,6 +3,7 @@
 import asyncio
 
 import pytest
+from structlog.testing import capture_logs
 
 from tests.flow.conftest import Fleet, Flow
 from tests.support.fakes import idle, until
@@ -219,6 +220,37 @@ class TestLeases:
         assert (set(flow.desk.leases), set(other.desk.leases)) == (set(), {"c1"})
         assert keep_alives(flow) == 0
 
+    async def test_after_an_outage_of_the_store_the_living_keep_what_they_have(self, flow: Flow, fleet: Fleet) -> None:
+        other = fleet.join("w2")
+        await flow.call("c1", OPEN)
+        for one in (flow, other):
+            one.store.way.broken = True
+        for _ in range(20):
+            await passing(flow, 1)
+            await other.tick()
+        other.store.way.broken = False
+        for _ in range(6):  # this one has not noticed yet that it is back
+            await passing(flow, 1)
+            await other.tick()
+        flow.store.way.broken = False
+        await passing(flow, 1)
+        for _ in range(20):
+            await passing(flow, 1)
+            await other.tick()
+        assert (set(flow.desk.leases), set(other.desk.leases)) == ({"c1"}, set())
+        assert not other.api.calls
+
+    async def test_after_an_outage_of_the_store_the_sessions_of_the_dead_are_adopted(
+        self, flow: Flow, fleet: Fleet
+    ) -> None:
+        dead = fleet.join("dead")
+        await dead.call("c1", OPEN)
+        flow.store.way.broken = True
+        await passing(flow, 10)
+        flow.store.way.broken = False
+        await passing(flow, 13)
+        assert set(flow.desk.leases) == {"c1"}
+
     async def test_sessions_are_kept_alive_while_the_store_is_out_of_reach(self, flow: Flow) -> None:
         await flow.call("c1", OPEN)
         flow.store.way.broken = True
@@ -228,6 +260,18 @@ class TestLeases:
         await passing(flow, 1)
         assert set(flow.desk.leases) == {"c1"}
         assert (await flow.store.rows())["c1"].lease_until > flow.clock()
+
+
+async def test_an_end_that_the_store_cannot_note_is_told_and_tried_again(flow: Flow) -> None:
+    await flow.call("c1", OPEN)
+    flow.clock.now += 300
+    flow.store.way.broken = True
+    with capture_logs() as logged:
+        await flow.tick()
+    assert [one["event"] for one in logged] == ["store_failed"] * 2
+    flow.store.way.broken = False
+    await passing(flow, 1)
+    assert flow.api.verbs() == ["create", "end"]
 
 
 async def test_it_runs_until_cancelled_and_leaves_nothing_behind(flow: Flow, monkeypatch: pytest.MonkeyPatch) -> None:

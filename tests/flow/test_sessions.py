@@ -1,6 +1,7 @@
 """Sessions of a fleet: created once, counted, taken over; and everything a `session.start` may meet."""
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -148,7 +149,7 @@ class TestCreateOnce:
 
 class TestSlots:
     async def test_never_more_than_there_may_be_and_all_get_one_in_their_turn(self, fleet: Fleet) -> None:
-        flow = fleet.join("w1", slots=Slots(2))
+        flow = fleet.join("w1", replace(RULES, session_wait_s=1000), Slots(2))
         talks = [f"c{n}" for n in range(5)]
         for name in talks:
             flow.offer(conversation_id=name, type="session.start")
@@ -172,6 +173,36 @@ class TestSlots:
         (answer,) = answers(flow)
         assert answer["error"] == "capacity: all 1 sessions are in use (AVATAR_MAX_SESSIONS)"
         assert flow.api.verbs() == ["create"]
+
+    async def test_whoever_the_api_had_no_room_for_keeps_its_place(self, fleet: Fleet) -> None:
+        """It may have to wait for long before it may ask again."""
+        flow, other = (fleet.join(name, slots=Slots(1)) for name in ("w1", "w2"))
+        flow.api.results["create"] = [CallResult(CallKind.NOT_TAKEN, 429, retry_after_s=6)]
+        flow.offer(type="session.start")
+        await until(lambda: flow.desk.in_line)
+        for _ in range(8):
+            flow.clock.now += 1
+            await flow.tick()
+            assert (await other.call("c2", OPEN))[0].kind is CallKind.FULL
+        flow.clock.now += 1
+        flow.offer(type="session.start")  # it wakes the lane, which sleeps by another clock
+        await flow.all_settled()
+        assert flow.outbox.told == ["session.ready"] * 2
+
+    async def test_whoever_has_given_up_holds_nobody_up(self, fleet: Fleet) -> None:
+        flow = fleet.join("w1", slots=Slots(1))
+        flow.api.results["create"] = [CallResult(CallKind.REFUSED, 400)]
+        flow.offer(type="session.start")
+        await flow.all_settled()
+        await until(lambda: not flow.desk.in_line)
+        assert (await flow.call("c2", OPEN))[0].kind is CallKind.OK
+
+    async def test_a_lane_that_is_gone_stands_in_no_line(self, fleet: Fleet) -> None:
+        flow = fleet.join("w1", slots=Slots(1))
+        await flow.call("taken", OPEN)
+        await flow.call("c1", OPEN)
+        await flow.tick()
+        assert not flow.desk.in_line
 
     async def test_one_that_could_not_be_ended_counts_for_a_while(self, fleet: Fleet) -> None:
         flow = fleet.join("w1", slots=Slots(1))

@@ -183,10 +183,16 @@ class MintedKs(KsSource):
         return ks
 
     async def after(self, refused: str) -> str:
-        """Another one, unless the one that was refused is new."""
+        """Another one, unless the one that was refused is new.
+
+        One that may be good for another avatar stays until there is another.
+        """
         if self._ks == refused and self._clock() - self._made >= SETTLED_S:
-            self._ks = ""
+            if refused == self._refused:
+                self._ks = ""
             self._due = min(self._due, self._clock()) if not self._failures else self._due
+            if self._attempt is not None or self._clock() >= self._due:
+                await self._renew()
         return await self.current()
 
     def at_hand(self) -> str:

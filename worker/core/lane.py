@@ -130,7 +130,7 @@ class Lane:
         if work is not None and not isinstance(work, Wait):
             free_at = max(self._book.memory.state.busy_until, hold_until)
             if free_at > now:
-                work = Wait(free_at)
+                work = Wait(min(free_at, self._sessions.deadline))
             elif self._interrupts.calling:
                 work = Wait(now + INTERRUPT_S)
             else:
@@ -198,8 +198,9 @@ class Lane:
             self._interrupts.tell_again = False
         has_session = self._sessions.session is not None
         while True:
+            self._sessions.give_up(now)
             if self._attempts.not_before > now and not self._speech.outdated(now):
-                return Wait(self._attempts.not_before)
+                return Wait(min(self._attempts.not_before, self._sessions.deadline))
             if closing := self._speech.plan_closing(now, has_session=has_session):
                 return Say(closing)
             if not len(self._book):

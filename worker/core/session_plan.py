@@ -8,6 +8,7 @@
 `session` is what the lane's owner last knew; a call that finds it gone says so (`GONE`, `STALE`) and it is forgotten.
 """
 
+import math
 from dataclasses import replace
 
 from schemas.commands import SessionAttach, SessionStart, Speak
@@ -26,6 +27,9 @@ PLAYBACK_MARGIN_S = 2.0
 END_ATTEMPTS = 3
 """Calls of `/end` before a session is given up: the API's own idle time-out ends it then."""
 
+_HELD_BACK = CallResult(
+    CallKind.NOT_TAKEN, error="the Avatar API fails or wants a pause: its calls are held back", local=True
+)
 _NO_AVATAR = CallResult(CallKind.REFUSED, error="no avatar: name one in session.start, or set AVATAR_ID")
 
 
@@ -42,8 +46,22 @@ class SessionPlan:
         self._attempts = attempts
         self._speech = speech
         self._retiring: EndReason | None = None
+        self._waiting_since: float | None = None
+        self._why = _HELD_BACK
 
     # What to do.
+
+    @property
+    def deadline(self) -> float:
+        """When the `session.start` at the head, which waits for a session, has waited long enough."""
+        return math.inf if self._waiting_since is None else self._waiting_since + self._rules.session_wait_s
+
+    def give_up(self, now: float) -> bool:
+        """End the `session.start` whose time is over: whoever asked waits for an answer, whatever the API does."""
+        if now < self.deadline:
+            return False
+        self._fail(None, SessionFailure.CAPACITY if _is_full(self._why) else SessionFailure.UNAVAILABLE, self._why, now)
+        return True
 
     def plan_for_speech(self, now: float) -> Call | None:
         """A session for the piece under way."""
@@ -72,6 +90,8 @@ class SessionPlan:
         """Open a session, replace the one of another avatar or voice, or answer with the one that is live."""
         live = self.session
         if live is None:
+            if self._waiting_since is None:
+                self._waiting_since, self._why = now, _HELD_BACK
             again = self._open_again()
             if (
                 again is not None
@@ -129,10 +149,12 @@ class SessionPlan:
             self._renewed(session)
             return
         for_speech = isinstance(self._book.head.command, Speak)
-        full = result.kind is CallKind.FULL or (result.kind is CallKind.NOT_TAKEN and result.status == 429)
+        self._why = result
+        full = _is_full(result)
         waited_enough = now - self._attempts.first >= self._rules.session_wait_s
         match result.kind:
             case CallKind.OK:
+                self._waiting_since = None
                 self.begin(session)
                 assert session is not None
                 if for_speech:
@@ -242,8 +264,13 @@ class SessionPlan:
         if isinstance(head.command, SessionStart):
             self._book.end([verdict.session_failed(conversation_id, start, why, head, ends=True)], now)
             self._attempts.rest()
+            self._waiting_since = None
             return
         assert speech is not None
         if speech is not SpeechFailure.NO_SESSION:
             self._book.tell(verdict.session_failed(conversation_id, start, why, head, ends=False))
         self._speech.fail(speech, why, now)
+
+
+def _is_full(result: CallResult) -> bool:
+    return result.kind is CallKind.FULL or (result.kind is CallKind.NOT_TAKEN and result.status == 429)

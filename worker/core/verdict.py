@@ -82,9 +82,18 @@ def _trace(entries: Sequence[Entry]) -> str | None:
 
 
 def repeated(ended: Ended, entry: Entry, session: Session | None) -> Conclusion:
-    """The command has ended before: tell it again under the same id, and hand the live session over again."""
-    answer = _hand_off(session, entry) if session else None
+    """The command has ended before: tell it again under the same id, and answer again whoever asked."""
+    answer = _answer_again(ended.event, session, entry)
     return Conclusion(ended.event, (entry,), answer=answer, before=ended.before, after=ended.after)
+
+
+def _answer_again(event: Event, session: Session | None, entry: Entry) -> Answer | None:
+    if entry.reply_to is None or not isinstance(entry.command, SessionStart):
+        return None
+    if isinstance(event.data, SessionFailed):
+        return _refusal(str(event.data.reason), event.data.status)
+    handed_over = _hand_off(session, entry) if session else None
+    return handed_over or _refusal("the session has ended; ask for another under a new message id")
 
 
 def accepted(conversation_id: str, piece: Piece, *, attempts: int, latency_ms: int, repeated: bool) -> Conclusion:
@@ -248,11 +257,13 @@ def session_failed(
     """No session could be had for `entry`, which ends with it if it is a `session.start` (`ends`)."""
     data = SessionFailed(reason=reason, status=why.status, command_ids=_ids([entry]) if ends else ())
     event = Event(conversation_id, data, entry.key, entry.traceparent)
-    payload: dict[str, Any] = {"error": f"{reason}: {why.error}" if why.error else str(reason)}
-    if why.status:
-        payload["status"] = why.status
-    answer = Answer(payload) if ends and entry.reply_to else None
-    return Conclusion(event, (entry,) if ends else (), answer=answer)
+    answer = _refusal(f"{reason}: {why.error}" if why.error else str(reason), why.status)
+    return Conclusion(event, (entry,) if ends else (), answer=answer if ends and entry.reply_to else None)
+
+
+def _refusal(error: str, status: int | None = None) -> Answer:
+    payload: dict[str, Any] = {"error": error}
+    return Answer(payload | {"status": status} if status else payload)
 
 
 def milliseconds(seconds: float) -> int:

@@ -32,6 +32,12 @@ DEFAULT_SLOTS = Slots()
 AGAIN_S = 0.5
 """How soon to ask again for a slot, or whether another worker is done with the conversation's session."""
 
+_BUSY = CallResult(
+    CallKind.NOT_TAKEN,
+    retry_after_s=AGAIN_S,
+    error="another worker has the conversation's session in hand",
+    local=True,
+)
 _ENDS_SESSION = (CallKind.OK, CallKind.GONE, CallKind.REFUSED, CallKind.DENIED)
 
 
@@ -62,6 +68,7 @@ class Desk:
         self.slots = slots
         self.leases: dict[str, Lease] = {}
         self.creating: set[str] = set()
+        self.in_line: set[str] = set()
         self._clock = clock
         self._lines: dict[str, asyncio.Lock] = {}
         self._users: Counter[str] = Counter()
@@ -70,9 +77,9 @@ class Desk:
         """The session of a conversation this worker begins to serve, ours from now on; or one that was lost."""
         known = self.leases.get(conversation_id)
         if known is not None and not known.noted:
-            await self.store.put(known.held, self.owner, self._clock() + LEASE_S)
-            known.noted = True
-            return known.held.session, None
+            if await self.note(known):
+                return known.held.session, None
+            known = None
         held = await self.store.take(conversation_id, self.owner, self._clock() + LEASE_S)
         if held is None or held.state is HeldState.LOST:
             self.leases.pop(conversation_id, None)
@@ -112,7 +119,11 @@ class Desk:
 
     async def interrupt(self, conversation_id: str) -> CallResult:
         """Tell the API at once, whoever holds the line: it is harmless, and late it is useless."""
-        lease = self.leases.get(conversation_id)
+        try:
+            lease = await self._lease(conversation_id)
+        except Exception as error:  # noqa: BLE001 - whose session it is the store cannot tell now
+            _log.error(logs.STORE_FAILED, conversation_id=conversation_id, error=str(error))
+            lease = None
         if lease is None:
             return CallResult(CallKind.STALE)
         session_id = lease.held.session.session_id
@@ -136,16 +147,19 @@ class Desk:
                 await self.keep(conversation_id, call.session)
                 return CallResult(CallKind.OK, local=True), call.session
             case _:
-                if conversation_id not in self.leases:
-                    # Another worker adopted it while this one was too slow to renew its lease; or it has ended.
-                    await self.recall(conversation_id)
-                lease = self.leases.get(conversation_id)
+                lease = await self._lease(conversation_id)
                 if lease is None:
                     return CallResult(CallKind.STALE), None
                 result, viewer = await self._call_on(conversation_id, lease.held.session, call)
                 if result.kind is CallKind.GONE and not isinstance(call, Close):
                     await self.lose(conversation_id)
                 return result, viewer
+
+    async def _lease(self, conversation_id: str) -> Lease | None:
+        """The conversation's session, taken back if another worker adopted it while this one was too slow to renew."""
+        if conversation_id not in self.leases:
+            await self.recall(conversation_id)
+        return self.leases.get(conversation_id)
 
     async def _create(self, conversation_id: str, call: Open) -> tuple[CallResult, Session | None]:
         """Claim, create, keep. Whoever is cut in between leaves a claim, which becomes a ghost."""
@@ -154,32 +168,45 @@ class Desk:
             found = await self.store.claim(conversation_id, self.owner, now, now + LEASE_S, self.slots)
         except Exception as failure:  # noqa: BLE001 - without a claim nothing is created, and nothing was
             return CallResult(CallKind.NOT_TAKEN, error=f"the store: {type(failure).__name__}", local=True), None
+        self.in_line.discard(conversation_id)
         match found:
             case Held():
                 self.hold(found, last_success=0.0)
                 return CallResult(CallKind.OK, local=True), found.session
             case Refusal.FULL:
+                self.in_line.add(conversation_id)
                 error = f"all {self.slots.limit} sessions are in use (AVATAR_MAX_SESSIONS)"
                 return CallResult(CallKind.FULL, retry_after_s=AGAIN_S, error=error, local=True), None
             case Refusal.BUSY:
-                error = "another worker has the conversation's session in hand"
-                return CallResult(CallKind.NOT_TAKEN, retry_after_s=AGAIN_S, error=error, local=True), None
+                return _BUSY, None
         self.creating.add(conversation_id)
         try:
             result, session = await self.api.create(call)
-            if session is not None:
-                await self.keep(conversation_id, session)
-            else:
-                await self._unclaim(conversation_id, ghost=result.kind is CallKind.UNKNOWN)
+            if session is None:
+                await self._unclaim(conversation_id, result)
+            elif not await self.keep(conversation_id, session):
+                return _BUSY, None
         finally:
             self.creating.discard(conversation_id)
         return result, session
 
-    async def _unclaim(self, conversation_id: str, *, ghost: bool) -> None:
+    async def _unclaim(self, conversation_id: str, result: CallResult) -> None:
+        """What may come to be yet keeps its place; what may exist already keeps a slot."""
+        ghost = result.kind is CallKind.UNKNOWN
+        self.in_line.add(conversation_id)
         try:
             await self.store.unclaim(conversation_id, self.owner, self._clock(), self.slots, ghost=ghost)
         except Exception as error:  # noqa: BLE001 - the claim runs out by itself
             _log.error(logs.STORE_FAILED, conversation_id=conversation_id, error=str(error))
+
+    async def leave_line(self, conversation_id: str) -> None:
+        """The conversation needs no session any more: whoever stands behind it moves up."""
+        if conversation_id in self.in_line:
+            self.in_line.discard(conversation_id)
+            try:
+                await self.store.leave(conversation_id, self.owner)
+            except Exception as error:  # noqa: BLE001 - the place lapses by itself
+                _log.error(logs.STORE_FAILED, conversation_id=conversation_id, error=str(error))
 
     async def _call_on(
         self, conversation_id: str, session: Session, call: Say | CallInterrupt | InitClient | Close
@@ -196,7 +223,12 @@ class Desk:
                 return result, viewer
             case Close():
                 if not await self.retire(conversation_id, call.reason):
-                    return CallResult(CallKind.STALE), None
+                    # Another worker may have adopted it, and this one not have noticed yet.
+                    lease = await self._lease(conversation_id)
+                    if lease is None or lease.held.session.session_id != session.session_id:
+                        return CallResult(CallKind.STALE), None
+                    if not await self.retire(conversation_id, call.reason):
+                        return CallResult(CallKind.STALE), None
                 result = await self.api.end(session)
                 if result.kind in _ENDS_SESSION or call.last_attempt:
                     await self.drop(conversation_id, ghost=result.kind not in _ENDS_SESSION)
@@ -204,16 +236,30 @@ class Desk:
 
     # What is held.
 
-    async def keep(self, conversation_id: str, session: Session) -> None:
-        """Hold a session, new or changed. If the store is out of reach, the next renewal tells it."""
+    async def keep(self, conversation_id: str, session: Session) -> bool:
+        """Hold a session, new or changed; False as for `note`. The next renewal notes what the store could not."""
         now = self._clock()
-        held = Held(conversation_id, session, now)
-        self.hold(held, last_success=now)
+        lease = self.hold(Held(conversation_id, session, now), last_success=now)
         try:
-            await self.store.put(held, self.owner, now + LEASE_S)
+            return await self.note(lease)
         except Exception as error:  # noqa: BLE001 - the store's trouble must not cost a session that exists
-            self.leases[conversation_id].noted = False
+            lease.noted = False
             _log.error(logs.STORE_FAILED, conversation_id=conversation_id, error=str(error))
+            return True
+
+    async def note(self, lease: Lease) -> bool:
+        """Have the store know the session.
+
+        False: this worker was out of touch for so long that another one has given the conversation a session. This one
+        is of no use to anybody any more.
+        """
+        conversation_id = lease.held.conversation_id
+        lease.noted = await self.store.put(lease.held, self.owner, self._clock() + LEASE_S)
+        if not lease.noted:
+            if self.leases.get(conversation_id) is lease:
+                del self.leases[conversation_id]
+            await self.api.end(lease.held.session)
+        return lease.noted
 
     async def retire(self, conversation_id: str, reason: EndReason, unused_since: float | None = None) -> bool:
         """From now on nothing is said on the session. False: it is not ours any more, or was used after that time."""
@@ -232,15 +278,20 @@ class Desk:
         if lease is None or lease.held.session.attached or lease.held.state is HeldState.ENDING:
             return await self.drop(conversation_id)
         del self.leases[conversation_id]
-        return await self._noting(self.store.lose(lease.held, self.owner), conversation_id)
+        return await self._noting(self.store.lose(lease.held, self.owner, self._ghost_until(lease)), conversation_id)
 
     async def drop(self, conversation_id: str, *, ghost: bool = False) -> bool:
         """Let go of a session that ends; a `ghost` may live on. False: it was not ours any more."""
         lease = self.leases.pop(conversation_id, None)
         if lease is None:
             return False
-        until = self._clock() + self.slots.ghost_s if ghost else None
+        until = self._ghost_until(lease, ghost=ghost)
         return await self._noting(self.store.remove(lease.held, self.owner, until), conversation_id)
+
+    def _ghost_until(self, lease: Lease, *, ghost: bool = False) -> float | None:
+        """How long a session may live on that nobody has any more: whose token has run out cannot be ended."""
+        now, expires_at = self._clock(), lease.held.session.expires_at
+        return now + self.slots.ghost_s if ghost or (expires_at is not None and now >= expires_at) else None
 
     async def _noting(self, change: Awaitable[bool], conversation_id: str) -> bool:
         try:

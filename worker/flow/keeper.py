@@ -6,7 +6,7 @@ token is about to expire is renewed by its lane, which the keeper wakes; where t
 
 import asyncio
 import random
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from typing import Any
 
 import structlog
@@ -23,6 +23,8 @@ _log = structlog.stdlib.get_logger(__name__)
 
 TICK_S = 1.0
 RENEW_S = LEASE_S / 3
+GRACE_S = 2 * LEASE_S
+"""After an outage of the store nothing is adopted for so long: others may take seconds to notice that it is back."""
 END_ATTEMPTS = 3
 EXPIRY_MARGIN_S = 5.0
 """Before its token expires a session is ended that nobody has renewed: later nobody can end it."""
@@ -53,6 +55,7 @@ class Keeper:
         self._renew = renew
         self._busy: dict[str, asyncio.Task[None]] = {}
         self._slots = asyncio.Semaphore(AT_ONCE)
+        self._adopts_from = 0.0
 
     async def run(self) -> None:
         """Look at every session once a second."""
@@ -71,16 +74,20 @@ class Keeper:
         desk, now = self._desk, self._clock()
         due = {key: lease for key, lease in desk.leases.items() if lease.until - now < LEASE_S - RENEW_S}
         until = now + LEASE_S
-        claims = {key: Held(key, Session("", ""), 0.0) for key in desk.creating}
+        desk.in_line = {key for key in desk.in_line if self._is_served(key)}
+        in_line = _claims(key for key in desk.in_line if not desk.in_use(key))
+        renewed = {key: lease.held for key, lease in due.items()} | _claims(desk.creating)
         try:
             for lease in list(desk.leases.values()):
                 if not lease.noted:
-                    await desk.store.put(lease.held, desk.owner, until)
-                    lease.noted = True
-            lost = await desk.store.renew({key: lease.held for key, lease in due.items()} | claims, desk.owner, until)
-            adopted = await desk.store.adopt(desk.owner, now, until, desk.slots)
+                    await desk.note(lease)
+            lost = await desk.store.renew(renewed, desk.owner, until)
+            await desk.store.renew(in_line, desk.owner, now + desk.slots.patience_s)
+            adopted = await self._adopt(now, until)
         except Exception as error:  # noqa: BLE001 - the store comes back; until then the sessions are kept alive from memory
             _log.error(logs.STORE_FAILED, error=str(error))
+            # It may have been out of reach for all: whoever lives renews its leases first.
+            self._adopts_from = self._clock() + GRACE_S
             return
         for conversation_id, lease in due.items():
             if conversation_id not in lost:
@@ -91,6 +98,12 @@ class Keeper:
             if held.conversation_id not in desk.leases:
                 desk.hold(held, last_success=0.0).orphan = held.state is HeldState.ENDING
                 _log.info(logs.SESSION_ADOPTED, conversation_id=held.conversation_id)
+
+    async def _adopt(self, now: float, until: float) -> list[Held]:
+        if now >= self._adopts_from:
+            return await self._desk.store.adopt(self._desk.owner, now, until, self._desk.slots)
+        await self._desk.store.identity()  # raises as long as the store is out of reach
+        return []
 
     def _mind_sessions(self) -> None:
         now = self._clock()
@@ -122,7 +135,13 @@ class Keeper:
     def _start(self, conversation_id: str, errand: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(errand)
         self._busy[conversation_id] = task
-        task.add_done_callback(lambda _: self._busy.pop(conversation_id))
+
+        def end(_: asyncio.Task[None]) -> None:
+            del self._busy[conversation_id]
+            if not task.cancelled() and (error := task.exception()):
+                _log.error(logs.STORE_FAILED, conversation_id=conversation_id, error=str(error))
+
+        task.add_done_callback(end)
 
     async def _keep_alive(self, conversation_id: str, lease: Lease) -> None:
         async with self._slots, self._desk.line(conversation_id):
@@ -182,3 +201,8 @@ class Keeper:
     def _tell_end(self, conversation_id: str, lease: Lease, reason: EndReason) -> None:
         _log.info(logs.SESSION_ENDED, conversation_id=conversation_id, reason=str(reason))
         self._submit([verdict.session_ended(conversation_id, lease.held.session, reason)])
+
+
+def _claims(conversation_ids: Iterable[str]) -> dict[str, Held]:
+    """What is not a session yet."""
+    return {key: Held(key, Session("", ""), 0.0) for key in conversation_ids}

@@ -209,6 +209,7 @@ class Runner:
             self._pauses.look(self._lane.waiting_chars)
             if step.work is None:
                 self._submit(step.conclusions)
+                await self._desk.leave_line(self.conversation_id)
                 # What has arrived but not been admitted waits for errands, or for the lane, which is empty now.
                 if not self._arrived or self._errands:
                     await _before(self._wake, LINGER_S)

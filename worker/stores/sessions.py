@@ -1,10 +1,11 @@
 """Sessions in SQL. A row goes through these states; whoever changes it says from which.
 
-    waiting    stands in line for a slot, since `since`, for as long as its lease runs
+    waiting    stands in line for a slot, for as long as its lease runs
     creating   claimed: the API's create is called, or was when its worker died
     ready, ending, lost    see `ports.HeldState`
 
-Slots are counted under one lock, and every claim waits for it.
+Slots are counted under one lock, and every claim waits for it. `since` is the place in the line; who comes later has a
+later one, whatever the clock of its worker says. `last_used` of a claim is when it was made.
 """
 
 import json
@@ -23,6 +24,7 @@ from worker.stores.tables import conversations, facts, ghosts, sessions
 _PLACE = "sessions"
 _WAITING, _CREATING = "waiting", "creating"
 _LOST_KEPT_S = 86_400.0
+_NEXT_S = 1e-6
 _FOUND = (HeldState.READY, HeldState.ENDING, HeldState.LOST)
 _ALIVE = (_CREATING, HeldState.READY, HeldState.ENDING)
 """What takes a slot."""
@@ -63,7 +65,7 @@ class SqlSessions:
 
     async def unclaim(self, conversation_id: str, owner: str, now: float, slots: Slots, *, ghost: bool) -> None:
         """Back into the line: `since` stays."""
-        mine = _creating(conversation_id, owner)
+        mine = _is_claim(conversation_id, owner, _CREATING)
 
         def work(connection: sa.Connection) -> None:
             wait = {"state": _WAITING, "lease_until": now + slots.patience_s}
@@ -73,12 +75,25 @@ class SqlSessions:
 
         await self._database.write(work, _place(conversation_id))
 
-    async def put(self, held: Held, owner: str, until: float) -> None:
+    async def leave(self, conversation_id: str, owner: str) -> None:
+        """Out of the line."""
+        statement = sa.delete(sessions).where(*_is_claim(conversation_id, owner, _WAITING))
+        await self._database.write(lambda connection: connection.execute(statement), _place(conversation_id))
+
+    async def put(self, held: Held, owner: str, until: float) -> bool:
         """Insert or replace."""
         values = _values(held) | {"owner": owner, "lease_until": until}
+        ours = sa.or_(sessions.c.owner == owner, sessions.c.session_id == held.session.session_id)
+        none = sessions.c.state.in_((_WAITING, HeldState.LOST))
         statement = insert(sessions).values(values)
-        statement = statement.on_conflict_do_update(index_elements=["conversation_id"], set_=values)
-        await self._database.write(lambda connection: connection.execute(statement), _place(held.conversation_id))
+        statement = statement.on_conflict_do_update(
+            index_elements=["conversation_id"],
+            set_=values,
+            where=None if held.session.attached else sa.or_(ours, none),
+        )
+        return await self._database.write(
+            lambda connection: bool(connection.execute(statement).rowcount), _place(held.conversation_id)
+        )
 
     async def renew(self, held: Mapping[str, Held], owner: str, until: float) -> set[str]:
         """All in one transaction, and in an order that all workers keep."""
@@ -114,18 +129,17 @@ class SqlSessions:
 
         return await self._database.write(work, _PLACE, alone=True)
 
-    async def lose(self, held: Held, owner: str) -> bool:
+    async def lose(self, held: Held, owner: str, ghost_until: float | None = None) -> bool:
         """Compare and set."""
-        statement = (
-            sa.update(sessions).where(*_is_held(held, owner)).values(state=HeldState.LOST, token="", viewer=None)
-        )
-        return await self._database.write(
-            lambda connection: bool(connection.execute(statement).rowcount), _place(held.conversation_id)
-        )
+        lost = {"state": HeldState.LOST, "token": "", "viewer": None}
+        return await self._let_go(sa.update(sessions).values(lost), held, owner, ghost_until)
 
     async def remove(self, held: Held, owner: str, ghost_until: float | None = None) -> bool:
         """Compare and delete."""
-        statement = sa.delete(sessions).where(*_is_held(held, owner))
+        return await self._let_go(sa.delete(sessions), held, owner, ghost_until)
+
+    async def _let_go(self, how: sa.Update | sa.Delete, held: Held, owner: str, ghost_until: float | None) -> bool:
+        statement = how.where(*_is_held(held, owner))
 
         def work(connection: sa.Connection) -> bool:
             found = bool(connection.execute(statement).rowcount)
@@ -148,7 +162,7 @@ def _claim(
     connection.execute(sa.delete(ghosts).where(ghosts.c.until <= now))
     mine = sessions.c.conversation_id == conversation_id
     row = connection.execute(sa.select(sessions).where(mine).with_for_update()).one_or_none()
-    since = now
+    since = None
     if row is not None:
         match row.state:
             case HeldState.READY:
@@ -160,9 +174,11 @@ def _claim(
             case "creating" if row.owner != owner and row.lease_until >= now:
                 return Refusal.BUSY
             case "creating":
-                _haunt(connection, conversation_id, row.since, row.since + slots.ghost_s)
+                _haunt(connection, conversation_id, row.last_used, row.last_used + slots.ghost_s)
             case "waiting" if row.lease_until >= now:
                 since = row.since
+    if since is None:
+        since = _last_place(connection, now)
     full = bool(slots.limit) and _taken(connection, conversation_id, since, now) >= slots.limit
     values = {
         "conversation_id": conversation_id,
@@ -173,12 +189,18 @@ def _claim(
         "owner": owner,
         "lease_until": now + slots.patience_s if full else until,
         "state": _WAITING if full else _CREATING,
-        "since": since if full else now,
+        "since": since,
         "reason": None,
     }
     claim = insert(sessions).values(values).on_conflict_do_update(index_elements=["conversation_id"], set_=values)
     connection.execute(claim)
     return Refusal.FULL if full else None
+
+
+def _last_place(connection: sa.Connection, now: float) -> float:
+    """Behind all who stand in line."""
+    last = connection.execute(sa.select(sa.func.max(sessions.c.since)).where(sessions.c.state == _WAITING)).scalar_one()
+    return now if last is None else max(now, last + _NEXT_S)
 
 
 def _taken(connection: sa.Connection, conversation_id: str, since: float, now: float) -> int:
@@ -197,7 +219,7 @@ def _adopt(connection: sa.Connection, owner: str, now: float, until: float, slot
     connection.execute(sa.delete(sessions).where(forgotten))
     cut = sa.delete(sessions).where(stale, sessions.c.state == _CREATING).returning(*sessions.c)
     for row in connection.execute(cut).all():
-        _haunt(connection, row.conversation_id, row.since, row.since + slots.ghost_s)
+        _haunt(connection, row.conversation_id, row.last_used, row.last_used + slots.ghost_s)
     # Whoever holds a row just now takes it, renews it or adopts it.
     adoptable = sessions.c.state.in_((HeldState.READY, HeldState.ENDING))
     free = sa.select(sessions.c.conversation_id).where(stale, adoptable).with_for_update(skip_locked=True).cte()
@@ -215,8 +237,8 @@ def _haunt(connection: sa.Connection, conversation_id: str, since: float, until:
     connection.execute(ghost.on_conflict_do_nothing())
 
 
-def _creating(conversation_id: str, owner: str) -> tuple[sa.ColumnElement[bool], ...]:
-    return sessions.c.conversation_id == conversation_id, sessions.c.owner == owner, sessions.c.state == _CREATING
+def _is_claim(conversation_id: str, owner: str, state: str) -> tuple[sa.ColumnElement[bool], ...]:
+    return sessions.c.conversation_id == conversation_id, sessions.c.owner == owner, sessions.c.state == state
 
 
 def _place(conversation_id: str) -> str:
