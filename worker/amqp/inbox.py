@@ -213,8 +213,9 @@ class Inbox:
             tenure.end()
             self._receiver.forget(tenure)
             try:
-                await tenure.close()
-                await self._join(connection, partition, lose)
+                with named_losses():
+                    await tenure.close()
+                    await self._join(connection, partition, lose)
             except LOSSES as error:
                 lose(f"partition {partition} could not be joined again: {error}")
                 return
@@ -267,6 +268,7 @@ class Inbox:
         await queue.bind(topology.WORKERS)
         outer.close_callbacks.add(lambda _, error: lose(f"channel of express interrupts closed ({error})"))
         channel = await outer.get_underlay_channel()
+        channel.on_consumer_cancel_callbacks.add(lambda _: lose("consumer of express interrupts cancelled by the broker"))
         tenure = ChannelTenure(-1, outer, self._raise_epoch, self._wanted.prefetch)
 
         async def receive(message: DeliveredMessage) -> None:
