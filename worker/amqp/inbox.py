@@ -268,7 +268,7 @@ class Inbox:
         await queue.bind(topology.WORKERS)
         outer.close_callbacks.add(lambda _, error: lose(f"channel of express interrupts closed ({error})"))
         channel = await outer.get_underlay_channel()
-        channel.on_consumer_cancel_callbacks.add(lambda _: lose("consumer of express interrupts cancelled by the broker"))
+        channel.on_consumer_cancel_callbacks.add(lambda _: lose("consumer of express interrupts cancelled"))
         tenure = ChannelTenure(-1, outer, self._raise_epoch, self._wanted.prefetch)
 
         async def receive(message: DeliveredMessage) -> None:
