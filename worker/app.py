@@ -78,7 +78,7 @@ async def run(settings: Settings) -> None:
             renew=lanes.renew,
         )
         wanted = Record(settings.partitions, await store.identity(), settings.prefetch)
-        inbox = Inbox(lanes, ledger.raise_epoch, wanted=wanted, worker=name, clock=clock)
+        inbox = Inbox(lanes, ledger.raise_epoch, outbox.announce, wanted=wanted, worker=name, clock=clock)
         lanes.tenure_of = inbox.tenure_of
         dead = DeadQueue(DeadLetters(ledger=ledger, settler=settler, clock=clock).take, clock)
         watchdog = Watchdog()

@@ -7,6 +7,7 @@ import signal
 import pytest
 
 from tests.acceptance.conftest import Simulator, StartWorker
+from tests.support.alarm import alarm
 from tests.support.bus import Bus, connected
 from worker.local.broker import OwnedBroker
 
@@ -127,3 +128,20 @@ async def test_a_worker_that_does_not_fit_the_broker_exits_2(start_worker: Start
         assert all(name in refused.log.splitlines()[-1] for name in names)
         assert "Traceback" not in refused.log
     await bus.ended(await bus.say("c", "t", "Still served."))
+
+
+@pytest.mark.timeout(120)
+async def test_a_worker_begun_while_the_broker_is_short_of_memory_says_what_waits(
+    start_worker: StartWorker, simulator: Simulator, owned_broker: OwnedBroker
+) -> None:
+    """On the connection that it consumes over it publishes nothing: the broker would stop to read from that."""
+    async with connected(owned_broker.url) as bus:
+        first = await start_worker(AMQP_URL=owned_broker.url)
+        await bus.listen()
+        await bus.ended(await bus.say("c", "t1", "Before."))
+        await first.killed()
+        waiting = await bus.say("c", "t2", "Waiting.")
+        async with alarm(owned_broker):
+            await start_worker(AMQP_URL=owned_broker.url, ready=False)
+            await simulator.wait("say-text", 2)
+        await bus.ended(waiting)

@@ -40,7 +40,7 @@ async def test_only_interrupts_with_an_id_are_heard_and_nothing_is_rejected(
     message_id: str | None, body: dict[str, Any], heard: bool
 ) -> None:
     receiver = MagicMock()
-    inbox = Inbox(receiver, AsyncMock(), wanted=MagicMock(), worker="w1", clock=FakeClock())
+    inbox = Inbox(receiver, AsyncMock(), AsyncMock(), wanted=MagicMock(), worker="w1", clock=FakeClock())
     connection = AsyncMock()
     outer = connection.channel.return_value
     outer.close_callbacks = MagicMock()
@@ -57,7 +57,7 @@ async def test_only_interrupts_with_an_id_are_heard_and_nothing_is_rejected(
 
 async def test_a_consumer_cancelled_by_the_broker_ends_the_session() -> None:
     """The channel stays open, and interrupts would overtake nothing any more."""
-    inbox = Inbox(MagicMock(), AsyncMock(), wanted=MagicMock(), worker="w1", clock=FakeClock())
+    inbox = Inbox(MagicMock(), AsyncMock(), AsyncMock(), wanted=MagicMock(), worker="w1", clock=FakeClock())
     connection, lose = AsyncMock(), MagicMock()
     outer = connection.channel.return_value
     outer.close_callbacks = MagicMock()

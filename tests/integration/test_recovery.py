@@ -106,8 +106,12 @@ async def epochs(_partition: int) -> int:
     return 1
 
 
+async def silent() -> None:
+    pass
+
+
 async def consume(connection: AbstractConnection, catcher: Catcher) -> tuple[Inbox, "asyncio.Task[None]"]:
-    inbox = Inbox(catcher, epochs, wanted=agreed(1), worker="w", clock=SteadyClock())
+    inbox = Inbox(catcher, epochs, silent, wanted=agreed(1), worker="w", clock=SteadyClock())
     task = asyncio.create_task(inbox.session(connection))
     async with asyncio.timeout(10):
         await inbox.ready.wait()

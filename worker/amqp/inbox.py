@@ -8,10 +8,10 @@ import contextlib
 import hashlib
 import re
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import replace
 from datetime import datetime
-from typing import Protocol
+from typing import Any, Protocol
 
 import structlog
 from aio_pika import abc
@@ -50,6 +50,8 @@ LEAVE_S = 2.0
 """How long an outranked worker waits for what is under way; what is not over then, the next owner waits for."""
 
 RaiseEpoch = Callable[[int], Awaitable[int]]
+Announce = Callable[[], Coroutine[Any, Any, None]]
+"""Tells the other workers that this one has joined: not over the connection that consumes, see `link.is_blocked`."""
 
 
 class Receiver(Protocol):
@@ -150,6 +152,7 @@ class Inbox:
         self,
         receiver: Receiver,
         raise_epoch: RaiseEpoch,
+        announce: Announce,
         *,
         wanted: Record,
         worker: str,
@@ -158,6 +161,7 @@ class Inbox:
         self.ready = asyncio.Event()
         self._receiver = receiver
         self._raise_epoch = raise_epoch
+        self._announce = announce
         self._wanted = wanted
         self._worker = worker
         self._clock = clock
@@ -174,21 +178,22 @@ class Inbox:
 
         connection.close_callbacks.add(lambda _, error: lose(f"connection closed: {error}"))
         partitions = range(self._wanted.partitions)
-        # First, so as to hear of every worker that joins a partition later.
-        express = await self._join_express(connection, lose)
-        for partition in partitions:
-            await self._join(connection, partition, lose)
-        await self._announce(express)
-        rejoining = [asyncio.create_task(self._rejoin(connection, partition, lose)) for partition in partitions]
+        beside: list[asyncio.Task[None]] = []
         try:
+            # First, so as to hear of every worker that joins a partition later.
+            await self._join_express(connection, lose)
+            for partition in partitions:
+                await self._join(connection, partition, lose)
+            beside += [asyncio.create_task(self._rejoin(connection, partition, lose)) for partition in partitions]
+            beside.append(asyncio.create_task(self._announce()))
             _log.info(logs.BROKER_CONNECTED, partitions=self._wanted.partitions)
             self.ready.set()
             raise LinkLost(await loss)
         finally:
             self.ready.clear()
-            for task in rejoining:
+            for task in beside:
                 task.cancel()
-            await asyncio.gather(*rejoining, return_exceptions=True)
+            await asyncio.gather(*beside, return_exceptions=True)
             for tenure in self._tenures.values():
                 tenure.end()
                 self._receiver.forget(tenure)
@@ -250,17 +255,13 @@ class Inbox:
 
         await channel.basic_consume(queue, receive, arguments={"x-priority": score(self._worker, partition)})
 
-    async def _announce(self, channel: abc.AbstractChannel) -> None:
-        exchange = await channel.get_exchange(topology.WORKERS, ensure=False)
-        await exchange.publish(notes.joined(self._worker), "")
-
     def _make_way(self, worker: str) -> None:
         """Leave what a worker is to own that has joined."""
         for partition, tenure in self._tenures.items():
             if tenure.open and tenure.active and score(worker, partition) > score(self._worker, partition):
                 tenure.hand_over()
 
-    async def _join_express(self, connection: AbstractConnection, lose: Callable[[str], None]) -> abc.AbstractChannel:
+    async def _join_express(self, connection: AbstractConnection, lose: Callable[[str], None]) -> None:
         """A queue of this worker's own, where interrupts arrive beside the backlog; it goes with the connection."""
         outer = await connection.channel(publisher_confirms=False)
         queue = await outer.declare_queue(exclusive=True)
@@ -284,7 +285,6 @@ class Inbox:
                 self._receiver.hear(replace(received, express=True))
 
         await channel.basic_consume(queue.name, receive, no_ack=True)
-        return outer
 
     def tenure_of(self, partition: int) -> ChannelTenure | None:
         """The tenure under which this worker owns the partition just now; None: it is another's, for all it knows."""

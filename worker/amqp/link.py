@@ -137,6 +137,7 @@ def where(url: str) -> str:
 async def is_blocked(connection: AbstractConnection) -> bool:
     """Whether the broker has said that it takes nothing for now, since it is short of memory or disk space.
 
+    It says so to a connection that publishes, and reads nothing from that any more, acknowledgements neither.
     aiormq keeps this to itself, but for what waits until it is over.
     """
     if connection.transport is None:
