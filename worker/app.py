@@ -138,7 +138,7 @@ async def _stop(
 ) -> None:
     """Nothing new is begun; what is under way ends, is told and acknowledged, until the deadline or a second signal."""
     _log.info(logs.WORKER_STOPPING, drain_timeout_s=timeout_s)
-    draining = asyncio.create_task(lanes.stop(ending))
+    draining = asyncio.create_task(_drain(lanes, inbox, ending))
     impatient = asyncio.create_task(signals.get())
     await asyncio.wait({draining, impatient}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
     impatient.cancel()
@@ -146,6 +146,10 @@ async def _stop(
         draining.cancel()
         await lanes.abandon()
     inbox.gate()
+
+
+async def _drain(lanes: Lanes, inbox: Inbox, ending: Callable[[], Coroutine[Any, Any, None]] | None) -> None:
+    await asyncio.gather(lanes.stop(ending), inbox.leave())
 
 
 @asynccontextmanager

@@ -166,6 +166,8 @@ class Inbox:
         self._worker = worker
         self._clock = clock
         self._tenures: dict[int, ChannelTenure] = {}
+        self._rejoining: list[asyncio.Task[None]] = []
+        self._leaving = asyncio.Event()
 
     async def session(self, connection: AbstractConnection) -> None:
         """Declare, consume, and return only by raising: LinkLost when any part of it is lost."""
@@ -177,26 +179,40 @@ class Inbox:
                 loss.set_result(what)
 
         connection.close_callbacks.add(lambda _, error: lose(f"connection closed: {error}"))
-        partitions = range(self._wanted.partitions)
-        beside: list[asyncio.Task[None]] = []
+        self._rejoining = []
+        announcing: asyncio.Task[None] | None = None
         try:
-            # First, so as to hear of every worker that joins a partition later.
-            await self._join_express(connection, lose)
-            for partition in partitions:
-                await self._join(connection, partition, lose)
-            beside += [asyncio.create_task(self._rejoin(connection, partition, lose)) for partition in partitions]
-            beside.append(asyncio.create_task(self._announce()))
+            if not self._leaving.is_set():
+                await self._join_all(connection, lose)
+                announcing = asyncio.create_task(self._announce())
             _log.info(logs.BROKER_CONNECTED, partitions=self._wanted.partitions)
             self.ready.set()
             raise LinkLost(await loss)
         finally:
             self.ready.clear()
+            beside = [*self._rejoining, *filter(None, [announcing])]
             for task in beside:
                 task.cancel()
             await asyncio.gather(*beside, return_exceptions=True)
             for tenure in self._tenures.values():
                 tenure.end()
                 self._receiver.forget(tenure)
+
+    async def _join_all(self, connection: AbstractConnection, lose: Callable[[str], None]) -> None:
+        partitions = range(self._wanted.partitions)
+        # First, so as to hear of every worker that joins a partition later.
+        await self._join_express(connection, lose)
+        for partition in partitions:
+            await self._join(connection, partition, lose)
+        self._rejoining = [asyncio.create_task(self._rejoin(connection, partition, lose)) for partition in partitions]
+
+    async def leave(self) -> None:
+        """Leave each partition as soon as nothing is under way there: others go on with it while the rest ends here."""
+        self._leaving.set()
+        for tenure in self._tenures.values():
+            tenure.hand_over()
+        if self._rejoining:
+            await asyncio.wait(self._rejoining)
 
     def gate(self) -> None:
         """Acknowledge nothing any more: closing a channel that is still acknowledged on kills its connection."""
@@ -205,13 +221,15 @@ class Inbox:
 
     async def _rejoin(self, connection: AbstractConnection, partition: int, lose: Callable[[str], None]) -> None:
         """Whenever the partition has another owner, or is to have one, leave it and queue up for it again."""
-        while True:
+        while not self._leaving.is_set():
             tenure = self._tenures[partition]
             await tenure.given_up.wait()
             if tenure.outranked:
-                _log.info(logs.PARTITION_HANDED_OVER, partition=partition)
+                if tenure.active:
+                    _log.info(logs.PARTITION_HANDED_OVER, partition=partition)
                 with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(LEAVE_S):
+                    # A worker that stops has its own time limit.
+                    async with asyncio.timeout(None if self._leaving.is_set() else LEAVE_S):
                         await self._receiver.leave(tenure)
             else:
                 _log.warning(logs.PARTITION_LOST, partition=partition)
@@ -220,7 +238,8 @@ class Inbox:
             try:
                 with named_losses():
                     await tenure.close()
-                    await self._join(connection, partition, lose)
+                    if not self._leaving.is_set():
+                        await self._join(connection, partition, lose)
             except LOSSES as error:
                 lose(f"partition {partition} could not be joined again: {error}")
                 return
