@@ -44,7 +44,7 @@ MUTATIONS = (
         "worker/flow/settler.py",
         "        try:\n            if submitted.recorded is not None",
         "        try:\n            for entry in conclusion.entries:\n"
-        "                await _delivery(entry.delivery).settle()\n            if submitted.recorded is not None",
+        "                await cast(Delivery, entry.delivery).settle()\n            if submitted.recorded is not None",
         ("tests/flow/test_settler.py",),
     ),
     Mutation(

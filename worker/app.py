@@ -78,7 +78,7 @@ async def run(settings: Settings) -> None:
             renew=lanes.renew,
         )
         wanted = Record(settings.partitions, await store.identity(), settings.prefetch)
-        inbox = Inbox(lanes, ledger.raise_epoch, wanted=wanted, worker=name, clock=clock)
+        inbox = Inbox(lanes, ledger.raise_epoch, outbox.announce, wanted=wanted, worker=name, clock=clock)
         lanes.tenure_of = inbox.tenure_of
         dead = DeadQueue(DeadLetters(ledger=ledger, settler=settler, clock=clock).take, clock)
         watchdog = Watchdog()
@@ -138,7 +138,7 @@ async def _stop(
 ) -> None:
     """Nothing new is begun; what is under way ends, is told and acknowledged, until the deadline or a second signal."""
     _log.info(logs.WORKER_STOPPING, drain_timeout_s=timeout_s)
-    draining = asyncio.create_task(lanes.stop(ending))
+    draining = asyncio.create_task(_drain(lanes, inbox, ending))
     impatient = asyncio.create_task(signals.get())
     await asyncio.wait({draining, impatient}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
     impatient.cancel()
@@ -146,6 +146,10 @@ async def _stop(
         draining.cancel()
         await lanes.abandon()
     inbox.gate()
+
+
+async def _drain(lanes: Lanes, inbox: Inbox, ending: Callable[[], Coroutine[Any, Any, None]] | None) -> None:
+    await asyncio.gather(lanes.stop(ending), inbox.leave())
 
 
 @asynccontextmanager

@@ -58,7 +58,8 @@ async def test_all_is_well(command: Command, simulator: Simulator) -> None:
         ("store", "STORE_URL: /nowhere/store.db cannot be written", {"STORE_URL": "sqlite:////nowhere/store.db"}),
         ("credentials", "AVATAR_KS_FILE: /nowhere cannot be read", {"AVATAR_KS_FILE": "/nowhere"}),
         ("broker", "AMQP_URL: no broker at 127.0.0.1:1/", {"AMQP_URL": "amqp://u:s3cret@127.0.0.1:1/"}),
-        ("broker", "check user, password", {"AMQP_URL": "wrong password"}),
+        ("broker", "check user and password", {"AMQP_URL": "wrong password"}),
+        ("broker", "refuses the virtual host", {"AMQP_URL": "wrong virtual host"}),
         ("agreement", "set PARTITIONS=1", {"PARTITIONS": "2"}),
         ("agreement", "set PREFETCH=2000", {"PREFETCH": "20"}),
         ("agreement", "STORE_URL", {"STORE_URL": "sqlite:///another.db"}),
@@ -72,6 +73,8 @@ async def test_what_is_wrong_is_named_with_the_remedy(
     assert (await command("topology")).code == 0
     if settings.get("AMQP_URL") == "wrong password":
         settings = {"AMQP_URL": amqp_url.replace("guest:guest", "guest:s3cret")}
+    if settings.get("AMQP_URL") == "wrong virtual host":
+        settings = {"AMQP_URL": f"{amqp_url}.of-nobody"}
     found = await command("doctor", **settings)
     assert found.code == 1
     wrong = lines(found, "WRONG")

@@ -3,11 +3,14 @@
 import asyncio
 import re
 import signal
+from itertools import permutations
 
 import pytest
 
 from tests.acceptance.conftest import Simulator, StartWorker
+from tests.support.alarm import alarm
 from tests.support.bus import Bus, connected
+from worker.core.ownership import score
 from worker.local.broker import OwnedBroker
 
 QUEUE = "avatar.commands.v1.p00"
@@ -34,6 +37,32 @@ async def test_sigterm_lets_the_call_end_and_begins_nothing_new(
     await bus.ended(second)
     assert await simulator.spoken() == {"t": "In flight. Not begun."}
     assert len(await simulator.sessions()) == 1
+
+
+async def test_a_call_that_is_slow_to_end_holds_up_its_own_partition_alone(
+    start_worker: StartWorker, simulator: Simulator, bus: Bus
+) -> None:
+    """A rolling restart: the others are spoken for by the next worker, and nothing is said twice."""
+    names = [f"w{number}" for number in range(6)]
+    first, second = next((a, b) for a, b in permutations(names, 2) if all(score(a, p) > score(b, p) for p in (0, 1)))
+    worker = await start_worker(WORKER_NAME=first, PARTITIONS="2")
+    await start_worker(WORKER_NAME=second, PARTITIONS="2")
+    others = [f"c{number}" for number in range(10)]
+    await bus.all_ended([await bus.say(one, one, "Before. ", final=False) for one in ("slow", *others)])
+    await simulator.fault(kind="hang", route="say-text", when="after")
+    slow = await bus.say("slow", "slow", "In flight.")
+    await simulator.wait("say-text", len(others) + 2)
+    worker.signal(signal.SIGTERM)
+    await worker.child.logged("(worker_stopping)")
+    after = {await bus.say(one, one, "After.") for one in others}
+    await bus.until(lambda: bool(after & bus.terminal().keys()), within_s=5)
+    await worker.child.logged("(partition_handed_over)")
+    assert worker.child.process.returncode is None
+    await simulator.release()
+    assert await worker.ended() == 0
+    await bus.all_ended([slow, *after])
+    assert not bus.of("speech.accepted", possibleDuplicate=True)
+    assert await simulator.spoken() == {"slow": "Before. In flight."} | dict.fromkeys(others, "Before. After.")
 
 
 async def test_a_second_signal_stops_at_once(start_worker: StartWorker, simulator: Simulator, bus: Bus) -> None:
@@ -127,3 +156,20 @@ async def test_a_worker_that_does_not_fit_the_broker_exits_2(start_worker: Start
         assert all(name in refused.log.splitlines()[-1] for name in names)
         assert "Traceback" not in refused.log
     await bus.ended(await bus.say("c", "t", "Still served."))
+
+
+@pytest.mark.timeout(120)
+async def test_a_worker_begun_while_the_broker_is_short_of_memory_says_what_waits(
+    start_worker: StartWorker, simulator: Simulator, owned_broker: OwnedBroker
+) -> None:
+    """On the connection that it consumes over it publishes nothing: the broker would stop to read from that."""
+    async with connected(owned_broker.url) as bus:
+        first = await start_worker(AMQP_URL=owned_broker.url)
+        await bus.listen()
+        await bus.ended(await bus.say("c", "t1", "Before."))
+        await first.killed()
+        waiting = await bus.say("c", "t2", "Waiting.")
+        async with alarm(owned_broker):
+            await start_worker(AMQP_URL=owned_broker.url, ready=False)
+            await simulator.wait("say-text", 2)
+        await bus.ended(waiting)

@@ -40,10 +40,11 @@ async def test_only_interrupts_with_an_id_are_heard_and_nothing_is_rejected(
     message_id: str | None, body: dict[str, Any], heard: bool
 ) -> None:
     receiver = MagicMock()
-    inbox = Inbox(receiver, AsyncMock(), wanted=MagicMock(), worker="w1", clock=FakeClock())
+    inbox = Inbox(receiver, AsyncMock(), AsyncMock(), wanted=MagicMock(), worker="w1", clock=FakeClock())
     connection = AsyncMock()
     outer = connection.channel.return_value
     outer.close_callbacks = MagicMock()
+    outer.get_underlay_channel.return_value.on_consumer_cancel_callbacks = set()
     await inbox._join_express(connection, MagicMock())
     consume = outer.get_underlay_channel.return_value.basic_consume
     _, receive = consume.await_args.args
@@ -52,3 +53,17 @@ async def test_only_interrupts_with_an_id_are_heard_and_nothing_is_rejected(
     assert all(call.args[0].express for call in receiver.hear.call_args_list)
     receiver.offer.assert_not_called()
     receiver.reject.assert_not_called()
+
+
+async def test_a_consumer_cancelled_by_the_broker_ends_the_session() -> None:
+    """The channel stays open, and interrupts would overtake nothing any more."""
+    inbox = Inbox(MagicMock(), AsyncMock(), AsyncMock(), wanted=MagicMock(), worker="w1", clock=FakeClock())
+    connection, lose = AsyncMock(), MagicMock()
+    outer = connection.channel.return_value
+    outer.close_callbacks = MagicMock()
+    channel = outer.get_underlay_channel.return_value
+    channel.on_consumer_cancel_callbacks = set()
+    await inbox._join_express(connection, lose)
+    (cancelled,) = channel.on_consumer_cancel_callbacks
+    cancelled(spec.Basic.Cancel("a tag"))
+    lose.assert_called_once()

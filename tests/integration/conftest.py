@@ -179,7 +179,7 @@ def start(amqp_url: str) -> Start:
             mark=outbox.mark,
             clock=clock,
         )
-        inbox = Inbox(lanes, ledger.raise_epoch, wanted=wanted, worker=name, clock=clock)
+        inbox = Inbox(lanes, ledger.raise_epoch, outbox.announce, wanted=wanted, worker=name, clock=clock)
         lanes.tenure_of = inbox.tenure_of
         consuming, publishing = Life(inbox.session), Life(outbox.session)
         links: list[tuple[str, Session_]] = [(url, consuming), (publish_url or url, publishing)]

@@ -1,11 +1,11 @@
-"""What aiormq raises where a connection dies in an unlucky moment."""
+"""What aiormq raises where a connection dies in an unlucky moment, or the broker refuses something."""
 
 import asyncio
 
 import pytest
 
-from worker.amqp.link import named_losses
-from worker.errors import LinkLost
+from worker.amqp.link import Connected, named_losses
+from worker.errors import ConfigurationError, LinkLost
 
 
 @pytest.mark.parametrize(
@@ -35,3 +35,9 @@ async def test_a_cancellation_that_was_asked_for_is_none() -> None:
 async def test_a_mistake_of_ours_is_none() -> None:
     with pytest.raises(KeyError), named_losses():
         raise KeyError("bug")
+
+
+async def test_what_the_user_may_not_do_is_told_with_the_remedy(amqp_url: str) -> None:
+    with pytest.raises(ConfigurationError, match=r"AMQP_URL: ACCESS_REFUSED.*permissions: `doctor`"):
+        async with Connected(amqp_url, heartbeat_s=10) as connection, connection.channel() as channel:
+            await channel.declare_exchange("amq.of_the_broker_alone")

@@ -106,8 +106,12 @@ async def epochs(_partition: int) -> int:
     return 1
 
 
+async def silent() -> None:
+    pass
+
+
 async def consume(connection: AbstractConnection, catcher: Catcher) -> tuple[Inbox, "asyncio.Task[None]"]:
-    inbox = Inbox(catcher, epochs, wanted=agreed(1), worker="w", clock=SteadyClock())
+    inbox = Inbox(catcher, epochs, silent, wanted=agreed(1), worker="w", clock=SteadyClock())
     task = asyncio.create_task(inbox.session(connection))
     async with asyncio.timeout(10):
         await inbox.ready.wait()
@@ -136,11 +140,14 @@ async def test_a_delivery_that_is_no_longer_ours_is_stale(bus: Bus, amqp_url: st
     assert await bus.left_in(QUEUE) == 1
 
 
+@pytest.mark.parametrize("raised", [ChannelInvalidStateError("gone"), Exception(), asyncio.CancelledError()], ids=repr)
 async def test_a_partition_that_is_given_up_while_the_connection_goes_ends_the_session(
-    bus: Bus, amqp_url: str, monkeypatch: pytest.MonkeyPatch
+    bus: Bus, amqp_url: str, monkeypatch: pytest.MonkeyPatch, raised: BaseException
 ) -> None:
+    """Whatever aiormq makes of that: a bare Exception and a cancellation that nobody asked for are among it."""
+
     async def lost(_: ChannelTenure) -> None:
-        raise ChannelInvalidStateError("the connection is gone")
+        raise raised
 
     catcher = Catcher()
     async with connected(amqp_url) as other:

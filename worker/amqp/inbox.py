@@ -8,10 +8,10 @@ import contextlib
 import hashlib
 import re
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import replace
 from datetime import datetime
-from typing import Protocol
+from typing import Any, Protocol
 
 import structlog
 from aio_pika import abc
@@ -50,6 +50,8 @@ LEAVE_S = 2.0
 """How long an outranked worker waits for what is under way; what is not over then, the next owner waits for."""
 
 RaiseEpoch = Callable[[int], Awaitable[int]]
+Announce = Callable[[], Coroutine[Any, Any, None]]
+"""Tells the other workers that this one has joined: not over the connection that consumes, see `link.is_blocked`."""
 
 
 class Receiver(Protocol):
@@ -150,6 +152,7 @@ class Inbox:
         self,
         receiver: Receiver,
         raise_epoch: RaiseEpoch,
+        announce: Announce,
         *,
         wanted: Record,
         worker: str,
@@ -158,10 +161,13 @@ class Inbox:
         self.ready = asyncio.Event()
         self._receiver = receiver
         self._raise_epoch = raise_epoch
+        self._announce = announce
         self._wanted = wanted
         self._worker = worker
         self._clock = clock
         self._tenures: dict[int, ChannelTenure] = {}
+        self._rejoining: list[asyncio.Task[None]] = []
+        self._leaving = asyncio.Event()
 
     async def session(self, connection: AbstractConnection) -> None:
         """Declare, consume, and return only by raising: LinkLost when any part of it is lost."""
@@ -173,25 +179,40 @@ class Inbox:
                 loss.set_result(what)
 
         connection.close_callbacks.add(lambda _, error: lose(f"connection closed: {error}"))
-        partitions = range(self._wanted.partitions)
-        # First, so as to hear of every worker that joins a partition later.
-        express = await self._join_express(connection, lose)
-        for partition in partitions:
-            await self._join(connection, partition, lose)
-        await self._announce(express)
-        rejoining = [asyncio.create_task(self._rejoin(connection, partition, lose)) for partition in partitions]
+        self._rejoining = []
+        announcing: asyncio.Task[None] | None = None
         try:
+            if not self._leaving.is_set():
+                await self._join_all(connection, lose)
+                announcing = asyncio.create_task(self._announce())
             _log.info(logs.BROKER_CONNECTED, partitions=self._wanted.partitions)
             self.ready.set()
             raise LinkLost(await loss)
         finally:
             self.ready.clear()
-            for task in rejoining:
+            beside = [*self._rejoining, *filter(None, [announcing])]
+            for task in beside:
                 task.cancel()
-            await asyncio.gather(*rejoining, return_exceptions=True)
+            await asyncio.gather(*beside, return_exceptions=True)
             for tenure in self._tenures.values():
                 tenure.end()
                 self._receiver.forget(tenure)
+
+    async def _join_all(self, connection: AbstractConnection, lose: Callable[[str], None]) -> None:
+        partitions = range(self._wanted.partitions)
+        # First, so as to hear of every worker that joins a partition later.
+        await self._join_express(connection, lose)
+        for partition in partitions:
+            await self._join(connection, partition, lose)
+        self._rejoining = [asyncio.create_task(self._rejoin(connection, partition, lose)) for partition in partitions]
+
+    async def leave(self) -> None:
+        """Leave each partition as soon as nothing is under way there: others go on with it while the rest ends here."""
+        self._leaving.set()
+        for tenure in self._tenures.values():
+            tenure.hand_over()
+        if self._rejoining:
+            await asyncio.wait(self._rejoining)
 
     def gate(self) -> None:
         """Acknowledge nothing any more: closing a channel that is still acknowledged on kills its connection."""
@@ -200,21 +221,25 @@ class Inbox:
 
     async def _rejoin(self, connection: AbstractConnection, partition: int, lose: Callable[[str], None]) -> None:
         """Whenever the partition has another owner, or is to have one, leave it and queue up for it again."""
-        while True:
+        while not self._leaving.is_set():
             tenure = self._tenures[partition]
             await tenure.given_up.wait()
             if tenure.outranked:
-                _log.info(logs.PARTITION_HANDED_OVER, partition=partition)
+                if tenure.active:
+                    _log.info(logs.PARTITION_HANDED_OVER, partition=partition)
                 with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(LEAVE_S):
+                    # A worker that stops has its own time limit.
+                    async with asyncio.timeout(None if self._leaving.is_set() else LEAVE_S):
                         await self._receiver.leave(tenure)
             else:
                 _log.warning(logs.PARTITION_LOST, partition=partition)
             tenure.end()
             self._receiver.forget(tenure)
             try:
-                await tenure.close()
-                await self._join(connection, partition, lose)
+                with named_losses():
+                    await tenure.close()
+                    if not self._leaving.is_set():
+                        await self._join(connection, partition, lose)
             except LOSSES as error:
                 lose(f"partition {partition} could not be joined again: {error}")
                 return
@@ -249,17 +274,13 @@ class Inbox:
 
         await channel.basic_consume(queue, receive, arguments={"x-priority": score(self._worker, partition)})
 
-    async def _announce(self, channel: abc.AbstractChannel) -> None:
-        exchange = await channel.get_exchange(topology.WORKERS, ensure=False)
-        await exchange.publish(notes.joined(self._worker), "")
-
     def _make_way(self, worker: str) -> None:
         """Leave what a worker is to own that has joined."""
         for partition, tenure in self._tenures.items():
             if tenure.open and tenure.active and score(worker, partition) > score(self._worker, partition):
                 tenure.hand_over()
 
-    async def _join_express(self, connection: AbstractConnection, lose: Callable[[str], None]) -> abc.AbstractChannel:
+    async def _join_express(self, connection: AbstractConnection, lose: Callable[[str], None]) -> None:
         """A queue of this worker's own, where interrupts arrive beside the backlog; it goes with the connection."""
         outer = await connection.channel(publisher_confirms=False)
         queue = await outer.declare_queue(exclusive=True)
@@ -267,6 +288,7 @@ class Inbox:
         await queue.bind(topology.WORKERS)
         outer.close_callbacks.add(lambda _, error: lose(f"channel of express interrupts closed ({error})"))
         channel = await outer.get_underlay_channel()
+        channel.on_consumer_cancel_callbacks.add(lambda _: lose("consumer of express interrupts cancelled"))
         tenure = ChannelTenure(-1, outer, self._raise_epoch, self._wanted.prefetch)
 
         async def receive(message: DeliveredMessage) -> None:
@@ -282,7 +304,6 @@ class Inbox:
                 self._receiver.hear(replace(received, express=True))
 
         await channel.basic_consume(queue.name, receive, no_ack=True)
-        return outer
 
     def tenure_of(self, partition: int) -> ChannelTenure | None:
         """The tenure under which this worker owns the partition just now; None: it is another's, for all it knows."""

@@ -10,6 +10,7 @@ import structlog
 from aio_pika.abc import AbstractConnection
 from aio_pika.connection import Connection, make_url
 from aio_pika.exceptions import CONNECTION_EXCEPTIONS
+from aiormq.exceptions import ChannelAccessRefused, InvalidFrameError
 
 from worker.amqp import lenient
 from worker.errors import ConfigurationError, LinkLost
@@ -103,7 +104,7 @@ class Connected:
     """`async with`: one connection for one errand of a person.
 
     Raises:
-        ConfigurationError: there is none to be had.
+        ConfigurationError: there is none to be had, or its user may not do that.
     """
 
     def __init__(self, url: str, *, heartbeat_s: int) -> None:
@@ -119,10 +120,12 @@ class Connected:
             raise ConfigurationError(f"AMQP_URL: no broker at {where(self._url)}: {_told(error)}") from None
         return self._connection
 
-    async def __aexit__(self, *_: object) -> None:
+    async def __aexit__(self, _type: object, error: BaseException | None, _traceback: object) -> None:
         """Close."""
         if self._connection is not None:
             await _close(self._connection)
+        if isinstance(error, ChannelAccessRefused):
+            raise ConfigurationError(f"AMQP_URL: {_told(error)}") from None
 
 
 def where(url: str) -> str:
@@ -134,6 +137,7 @@ def where(url: str) -> str:
 async def is_blocked(connection: AbstractConnection) -> bool:
     """Whether the broker has said that it takes nothing for now, since it is short of memory or disk space.
 
+    It says so to a connection that publishes, and reads nothing from that any more, acknowledgements neither.
     aiormq keeps this to itself, but for what waits until it is over.
     """
     if connection.transport is None:
@@ -151,6 +155,11 @@ async def _close(connection: AbstractConnection) -> None:
 
 def _told(error: BaseException) -> str:
     text = str(error) or type(error).__name__
-    if "ACCESS_REFUSED" in text:
-        text += " (check user, password and virtual host in AMQP_URL; guest may only connect from this machine)"
+    if isinstance(error, ChannelAccessRefused):
+        text += " (it needs more permissions: `doctor` says which)"
+    elif "ACCESS_REFUSED" in text:
+        text += " (check user and password in AMQP_URL; guest may only connect from this machine)"
+    elif isinstance(error, InvalidFrameError) and "OpenOk" in text:
+        # aiormq keeps to itself what the broker said.
+        text = "it refuses the virtual host in AMQP_URL: there is none of that name, or this user may not use it"
     return text

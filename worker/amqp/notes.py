@@ -41,7 +41,7 @@ def marker(conversation_id: str, to: int) -> Message:
 
 def joined(worker: str) -> Message:
     """A worker's announcement of itself."""
-    return Message(worker.encode(), type=JOINED)
+    return Message(worker.encode(), type=JOINED, message_id=uuid.uuid4().hex)
 
 
 def read_joined(delivery: AmqpDelivery) -> str | None:

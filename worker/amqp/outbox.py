@@ -22,7 +22,7 @@ from schemas.events import CONTENT_TYPE, Event, encode
 from worker.amqp import topology
 from worker.amqp.delivery import AmqpDelivery
 from worker.amqp.link import LOSSES, named_losses
-from worker.amqp.notes import knock, marker
+from worker.amqp.notes import joined, knock, marker
 from worker.amqp.parked import parked_copy
 from worker.core.model import ReplyTo
 from worker.core.verdict import Parked
@@ -158,6 +158,18 @@ class Outbox:
                 pass
             else:
                 return True
+            await asyncio.sleep(pause_s)
+            pause_s = min(pause_s * 2, LONGEST_RETRY_S)
+
+    async def announce(self) -> None:
+        """Tell the other workers that this one consumes all partitions; until the broker has confirmed it."""
+        pause_s = RETRY_S
+        while True:
+            channel = await self._channel(parking=False)
+            with contextlib.suppress(*LOSSES):
+                exchange = await channel.get_exchange(topology.WORKERS, ensure=False)
+                await _publish(exchange, joined(self._worker), "", mandatory=False)
+                return
             await asyncio.sleep(pause_s)
             pause_s = min(pause_s * 2, LONGEST_RETRY_S)
 

@@ -1,6 +1,7 @@
 """All conversations this worker serves: the one place that starts and ends their runners."""
 
 import asyncio
+import contextlib
 import contextvars
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine
@@ -23,6 +24,9 @@ from worker.ops import logs
 from worker.ports import Clock, Ledger, Tenure
 
 _log = structlog.stdlib.get_logger(__name__)
+
+SETTLE_S = 1.0
+"""How long a partition that is left waits for events to be confirmed."""
 
 
 class Lanes:
@@ -141,10 +145,13 @@ class Lanes:
 
     async def leave(self, tenure: Tenure) -> None:
         """Begin nothing more under the tenure; return when what was under way has ended and is acknowledged."""
-        under_way = [runner for runner in self._runners.values() if runner.is_calling_under(tenure)]
+        mine = [runner for runner in self._runners.values() if runner.serves_under(tenure)]
         self.forget(tenure)
-        await asyncio.gather(*(runner.after_call() for runner in under_way))
-        await self._settler.settled(runner.conversation_id for runner in under_way)
+        await asyncio.gather(*(runner.after_call() for runner in mine))
+        # A listener's full queue must not hold up the partition: what is not settled is told again, as it was.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(SETTLE_S):
+                await self._settler.settled(runner.conversation_id for runner in mine)
 
     @property
     def hold_moved(self) -> bool:

@@ -156,9 +156,9 @@ class Runner:
         """Whether commands wait here for what the conversation's old partition still has."""
         return bool(self._moves)
 
-    def is_calling_under(self, tenure: Tenure) -> bool:
-        """Whether a call is under way that was begun under the tenure."""
-        return self._in_call and self._tenure is tenure
+    def serves_under(self, tenure: Tenure) -> bool:
+        """Whether the conversation is served under the tenure just now."""
+        return self._tenure is tenure
 
     async def after_call(self) -> None:
         """Return when the call that is under way has ended and its outcome is being recorded."""
