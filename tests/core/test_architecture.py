@@ -48,6 +48,7 @@ ROOMS_OF = {
     "aiohttp": {"worker.avatar", "worker.ops", "worker.local"},
     "sqlalchemy": {"worker.stores"},
     "asyncpg": {"worker.stores"},
+    "prometheus_client": {"worker.ops"},
     "sqlite3": {"worker.stores"},
 }
 
