@@ -4,7 +4,8 @@ import asyncio
 
 import pytest
 
-from worker.amqp.link import named_losses
+from tests.support.proxy import Proxy, proxied
+from worker.amqp.link import Connected, named_losses, where
 from worker.errors import LinkLost
 
 
@@ -35,3 +36,21 @@ async def test_a_cancellation_that_was_asked_for_is_none() -> None:
 async def test_a_mistake_of_ours_is_none() -> None:
     with pytest.raises(KeyError), named_losses():
         raise KeyError("bug")
+
+
+async def test_an_errand_whose_connection_goes_says_so(amqp_url: str) -> None:
+    async def run(proxy: Proxy) -> None:
+        async with Connected(proxy.url, heartbeat_s=10) as connection:
+            channel = await connection.channel()
+            proxy.cut()
+            while True:
+                await channel.declare_queue(exclusive=True)
+
+    async with proxied(amqp_url) as proxy:
+        with pytest.raises(LinkLost, match=f"127.0.0.1:{proxy.port}/.* went away"):
+            await run(proxy)
+
+
+@pytest.mark.parametrize(("scheme", "port"), [("amqp", 5672), ("amqps", 5671)])
+def test_the_port_that_is_called_is_told(scheme: str, port: int) -> None:
+    assert where(f"{scheme}://user:secret@host/vhost") == f"host:{port}/vhost"
