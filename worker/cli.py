@@ -79,6 +79,10 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("conversation", metavar="CONVERSATION", help="its id")
     explain.add_argument("--json", action="store_true", help="as one JSON object")
     explain.set_defaults(command=_explain)
+    tail = commands.add_parser("tail", help="show the events as they come, until Ctrl-C")
+    tail.add_argument("--conversation", help="only those of this conversation")
+    tail.add_argument("--json", action="store_true", help="the whole event, one a line")
+    tail.set_defaults(command=_tail)
     return parser
 
 
@@ -167,6 +171,13 @@ def _explain(options: argparse.Namespace) -> int:
     from worker.settings import TopologySettings  # noqa: PLC0415
 
     return int(_await(explain.explain(_load(TopologySettings), options.conversation, as_json=options.json)))
+
+
+def _tail(options: argparse.Namespace) -> int:
+    from worker import tail  # noqa: PLC0415
+    from worker.settings import BrokerSettings  # noqa: PLC0415
+
+    return int(_await(tail.tail(_load(BrokerSettings), options.conversation, as_json=options.json)))
 
 
 def _positive(text: str) -> int:
