@@ -186,11 +186,15 @@ def _model(document: dict[str, Any]) -> tuple[type[Command], str]:
     return COMMANDS[kind], kind
 
 
+_FIELD_OF = {"empty_text": "text"}
+"""Of rules that look at several fields: the one to change."""
+
+
 def _rules(error: ValidationError) -> tuple[FieldError, ...]:
     details = error.errors(include_url=False, include_context=False, include_input=False)
     # An optional field is a union with None for pydantic, which then also complains that the value is not None.
     return tuple(
-        FieldError(str(detail["loc"][0]) if detail["loc"] else "$", detail["msg"])
+        FieldError(str(detail["loc"][0]) if detail["loc"] else _FIELD_OF.get(detail["type"], "$"), detail["msg"])
         for detail in details
         if detail["type"] != "none_required"
     )

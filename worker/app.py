@@ -29,6 +29,7 @@ from worker.flow.lanes import Lanes
 from worker.flow.settler import Settler
 from worker.ops import logs
 from worker.ops.health import Health
+from worker.ops.metrics import Metrics
 from worker.ports import Clock, Ledger, SessionStore, Slots
 from worker.settings import Settings
 from worker.stores.backlog import SqlBacklog
@@ -52,21 +53,35 @@ async def run(settings: Settings) -> None:
     for one in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(one, signals.put_nowait, one)
     clock = SteadyClock()
-    name = settings.worker_name
+    name, metrics = settings.worker_name, Metrics()
     async with AsyncExitStack() as stack:
         ks = await stack.enter_async_context(credentials(settings, clock))
         database = await Database.open(settings.store_url)
         stack.push_async_callback(database.close)
+        database.on_failure = metrics.store_failures.inc
         store, ledger = SqlSessions(database), SqlLedger(database, clock)
-        api = await stack.enter_async_context(AvatarClient(api_of(settings), ks))
-        outbox = Outbox(source=settings.event_source, worker=name, event_retry_s=settings.event_retry_s, clock=clock)
-        settler = Settler(outbox)
+        api = await stack.enter_async_context(AvatarClient(api_of(settings), ks, metrics))
+        outbox = Outbox(
+            source=settings.event_source,
+            worker=name,
+            event_retry_s=settings.event_retry_s,
+            clock=clock,
+            metrics=metrics,
+        )
+        settler = Settler(outbox, metrics)
         slots = Slots(settings.avatar_max_sessions, settings.session_ghost_s)
         desk = Desk(api, store, name, clock, slots)
         stack.push_async_callback(_release, store, name)
         backlog = Backlog(SqlBacklog(database), window=settings.prefetch)
         lanes = Lanes(
-            settings.rules, desk=desk, ledger=ledger, backlog=backlog, settler=settler, mark=outbox.mark, clock=clock
+            settings.rules,
+            desk=desk,
+            ledger=ledger,
+            backlog=backlog,
+            settler=settler,
+            mark=outbox.mark,
+            clock=clock,
+            metrics=metrics,
         )
         keeper = Keeper(
             desk,
@@ -78,8 +93,11 @@ async def run(settings: Settings) -> None:
             renew=lanes.renew,
         )
         wanted = Record(settings.partitions, await store.identity(), settings.prefetch)
-        inbox = Inbox(lanes, ledger.raise_epoch, outbox.announce, wanted=wanted, worker=name, clock=clock)
+        inbox = Inbox(
+            lanes, ledger.raise_epoch, outbox.announce, wanted=wanted, worker=name, clock=clock, metrics=metrics
+        )
         lanes.tenure_of = inbox.tenure_of
+        _read(metrics, lanes, backlog, desk, inbox)
         dead = DeadQueue(DeadLetters(ledger=ledger, settler=settler, clock=clock).take, clock)
         watchdog = Watchdog()
         checks = {
@@ -88,7 +106,7 @@ async def run(settings: Settings) -> None:
             "passing": watchdog.ready.is_set,
             "authorized": lambda: ks.ready,
         }
-        health = await stack.enter_async_context(Health(settings.ops_host, settings.ops_port, checks))
+        health = await stack.enter_async_context(Health(settings.ops_host, settings.ops_port, checks, metrics))
         url = settings.amqp_url.get_secret_value()
         _log.info(logs.WORKER_STARTING, worker=name, broker=where(url), partitions=settings.partitions)
         tasks = await stack.enter_async_context(
@@ -112,6 +130,16 @@ async def run(settings: Settings) -> None:
         ending = keeper.end_all if settings.session_on_stop == "end" else None
         await _stop(lanes, inbox, signals, settings.drain_timeout_s, ending)
     _log.info(logs.WORKER_STOPPED, worker=name)
+
+
+def _read(metrics: Metrics, lanes: Lanes, backlog: Backlog, desk: Desk, inbox: Inbox) -> None:
+    """Where the gauges are read."""
+    metrics.in_hand.set_function(lambda: lanes.in_hand)
+    metrics.kept.set_function(lambda: backlog.in_hand)
+    metrics.conversations.set_function(lambda: lanes.conversations)
+    metrics.breaker_open.set_function(lambda: lanes.is_holding)
+    metrics.sessions.set_function(lambda: len(desk.leases))
+    metrics.partitions.set_function(lambda: inbox.owned)
 
 
 async def _release(store: SessionStore, owner: str) -> None:

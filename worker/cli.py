@@ -5,10 +5,14 @@ Exit codes: 0 done, 1 failed, 2 wrong settings or usage.
 
 import argparse
 import asyncio
+import math
+import os
 import sys
 from collections.abc import Coroutine, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from schemas.commands import RejectReason
+from schemas.events import SpeechFailure
 from schemas.routes import MAX_PARTITIONS
 from worker.errors import ConfigurationError, WorkerError
 
@@ -42,6 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # as in: avatar-worker parked list | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -72,13 +79,17 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("conversation", metavar="CONVERSATION", help="its id")
     explain.add_argument("--json", action="store_true", help="as one JSON object")
     explain.set_defaults(command=_explain)
+    tail = commands.add_parser("tail", help="show the events as they come, until Ctrl-C")
+    tail.add_argument("--conversation", help="only those of this conversation")
+    tail.add_argument("--json", action="store_true", help="the whole event, one a line")
+    tail.set_defaults(command=_tail)
     return parser
 
 
 def _add_parked(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(required=True, metavar="ACTION")
     listing = actions.add_parser("list", help="show the oldest, with the reason")
-    listing.add_argument("--limit", type=int, default=100, help="how many at most (default 100)")
+    listing.add_argument("--limit", type=_positive, default=100, help="how many at most (default 100)")
     listing.set_defaults(command=_parked_list)
     replay = actions.add_parser("replay", help="send them again, whole turns in order; without --yes only show which")
     replay.set_defaults(command=_parked_replay)
@@ -87,9 +98,11 @@ def _add_parked(parser: argparse.ArgumentParser) -> None:
     for action in (replay, drop):
         action.add_argument("--yes", action="store_true", help="do it")
     for action in (listing, replay, drop):
-        action.add_argument("--reason", help="only those given up for this reason, e.g. refused, not_json")
+        reasons = sorted(map(str, {*SpeechFailure, *RejectReason}))
+        text = "only those given up for this reason"
+        action.add_argument("--reason", metavar="REASON", choices=reasons, help=f"{text}: {', '.join(reasons)}")
         action.add_argument("--conversation", help="only those of this conversation")
-        action.add_argument("--age", type=float, metavar="SECONDS", help="only those parked longer ago than this")
+        action.add_argument("--age", type=_age, metavar="SECONDS", help="only those parked longer ago than this")
         action.add_argument("--json", action="store_true", help="one JSON object a line")
 
 
@@ -158,6 +171,29 @@ def _explain(options: argparse.Namespace) -> int:
     from worker.settings import TopologySettings  # noqa: PLC0415
 
     return int(_await(explain.explain(_load(TopologySettings), options.conversation, as_json=options.json)))
+
+
+def _tail(options: argparse.Namespace) -> int:
+    from worker import tail  # noqa: PLC0415
+    from worker.settings import BrokerSettings  # noqa: PLC0415
+
+    return int(_await(tail.tail(_load(BrokerSettings), options.conversation, as_json=options.json)))
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError("must be a whole number, 1 or more")
+    return int(text)
+
+
+def _age(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise argparse.ArgumentTypeError("must be a number of seconds, 0 or more")
+    return seconds
 
 
 def _partitions(text: str) -> int:

@@ -3,6 +3,7 @@
 import asyncio
 import sys
 from collections.abc import AsyncIterator
+from urllib.parse import urlsplit
 
 from worker import app, operate
 from worker.amqp import inspection, link
@@ -49,7 +50,7 @@ async def _examine() -> AsyncIterator[Finding]:
     wanted: Record | None = None
     try:
         wanted = await operate.wanted_by(shared)
-        yield Finding.ok("store", f"{shared.store_url} opens and takes writes")
+        yield Finding.ok("store", f"{_where(shared.store_url)} opens and takes writes")
     except ConfigurationError as error:
         yield Finding.wrong("store", str(error))
     async for finding in _broker(shared, wanted):
@@ -73,7 +74,7 @@ async def _broker(settings: TopologySettings, wanted: Record | None) -> AsyncIte
     except ConfigurationError as error:
         yield Finding.wrong("broker", str(error))
     except link.LOSSES as error:
-        yield Finding.wrong("broker", f"the connection went away: {error}")
+        yield Finding.wrong("broker", str(error))
 
 
 async def _avatar(settings: Settings) -> AsyncIterator[Finding]:
@@ -85,6 +86,12 @@ async def _avatar(settings: Settings) -> AsyncIterator[Finding]:
                 yield await rehearsal.reach(client)
     except (ConfigurationError, NoKs) as error:
         yield Finding.wrong("credentials", str(error))
+
+
+def _where(store_url: str) -> str:
+    """The store without what may be a password: libpq takes one as a parameter, too."""
+    parts = urlsplit(store_url)
+    return store_url if parts.scheme == "sqlite" else f"{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
 def _source(settings: Settings) -> str:

@@ -13,7 +13,7 @@ from schemas import routes
 from worker.amqp import shelf, topology
 from worker.amqp.lenient import printable
 from worker.amqp.shelf import ParkedCommand, Wanted
-from worker.errors import ConfigurationError
+from worker.errors import ConfigurationError, LinkLost
 from worker.operate import connected, show
 from worker.parking import parked_table
 from worker.settings import TopologySettings
@@ -72,7 +72,7 @@ async def _ask_broker(settings: TopologySettings, conversation_id: str, partitio
             return _OnBroker(waiting, parked)
     except topology.QueueMissing:
         return _OnBroker(None, [], "the broker has no queues of ours: has a worker ever run on it?")
-    except ConfigurationError as error:
+    except (ConfigurationError, LinkLost) as error:
         return _OnBroker(None, [], str(error))
 
 

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Iterable
 from dataclasses import asdict
 from datetime import UTC, datetime
 
-from rich.table import Table
+from rich.table import Column, Table
 
 from worker.amqp import shelf, topology
 from worker.amqp.lenient import printable
@@ -19,7 +19,8 @@ from worker.settings import BrokerSettings
 async def list_parked(settings: BrokerSettings, wanted: Wanted, *, limit: int, as_json: bool) -> int:
     """Print the oldest parked commands; returns the exit code."""
     rows = await _shelved(settings, wanted, limit=limit)
-    _print(rows, f"{len(rows)} parked", as_json=as_json)
+    title = f"the oldest {limit} (--limit shows more)" if len(rows) == limit else f"{len(rows)} parked"
+    _print(rows, title, as_json=as_json)
     return 0
 
 
@@ -60,7 +61,8 @@ async def drop_parked(settings: BrokerSettings, wanted: Wanted, *, yes: bool, as
 def parked_table(rows: Iterable[ParkedCommand], title: str) -> Table:
     """Parked commands for a person to read."""
     headings = ("parked at", "reason", "routing key", "turn", "message id", "attempts", "replays", "error")
-    table = Table(*headings, title=title)
+    # Folded, not cut: an id is there to be copied.
+    table = Table(*(Column(heading, overflow="fold") for heading in headings), title=title)
     for row in rows:
         at = datetime.fromtimestamp(row.parked_at_ms / 1000, UTC).isoformat(timespec="seconds")
         stays = f"stays: {row.stays_because}" if row.stays_because else ""

@@ -169,6 +169,8 @@ class Settings(SpeechSettings):
     @classmethod
     def _is_http(cls, value: str) -> str:
         _demand_url(value, ("http", "https"))
+        if "?" in value:
+            raise ValueError("must end with its path: what is called is appended to it")
         return value.rstrip("/")
 
     @field_validator("avatar_create_path")
@@ -253,3 +255,6 @@ def _demand_url(value: str, schemes: tuple[str, ...]) -> None:
         raise wrong from None
     if parts.scheme not in schemes or not parts.hostname:
         raise wrong
+    # What is cut off there would be taken for something else, and shown: it may be the rest of a password.
+    if parts.fragment or "#" in value or "@" in parts.path + parts.query:
+        raise ValueError("must hold no / : @ ? # % as such in user and password: write %2F %3A %40 %3F %23 %25")

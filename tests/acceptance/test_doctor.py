@@ -8,6 +8,7 @@ import pytest
 from schemas.routes import partition_queue
 from tests.acceptance.conftest import KS, Finished, Simulator, StartWorker, finished, started
 from tests.support.bus import Bus
+from worker.doctor import _where
 
 Command = Callable[..., Awaitable[Finished]]
 
@@ -178,3 +179,8 @@ async def test_a_wrong_number_of_partitions_is_refused(command: Command, number:
     found = await command("topology", "repartition", number)
     assert found.code == 2
     assert "usage:" in found.err
+
+
+def test_a_password_in_the_stores_address_is_not_shown() -> None:
+    assert _where("postgresql://worker:secret@host:5432/avatar?password=secret") == "host:5432/avatar"
+    assert _where("sqlite:////data/store.db") == "sqlite:////data/store.db"

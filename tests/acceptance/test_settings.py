@@ -1,12 +1,15 @@
 """Missing or wrong settings: exit code 2, a line that names the variable and not its value, and no socket is opened."""
 
 import asyncio
+import os
+import sys
+from asyncio.subprocess import PIPE
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
-from tests.acceptance.conftest import Finished, finished, started
+from tests.acceptance.conftest import ROOT, Finished, finished, started
 
 SECRET = "s3cret-value"
 GOOD = {"AVATAR_KS": "ks", "OPS_PORT": "0"}
@@ -49,7 +52,11 @@ async def run(trap: str, cwd: Path, **env: str) -> Finished:
         ("AMQP_URL", f"http://u:{SECRET}@localhost/"),
         ("AMQP_URL", f"amqp://u:{SECRET}@localhost:port/"),
         ("AMQP_URL", SECRET),
+        ("AMQP_URL", f"amqp://u:12#{SECRET}@localhost/"),
+        ("AMQP_URL", f"amqp://u:12/{SECRET}@localhost/"),
+        ("AMQP_URL", f"amqp://u:12?{SECRET}@localhost/"),
         ("AVATAR_BASE_URL", f"ftp://{SECRET}/"),
+        ("AVATAR_BASE_URL", f"http://localhost/v1?key={SECRET}"),
         ("AVATAR_CREATE_PATH", SECRET),
         ("AVATAR_CREATE_EXTRA", f"[{SECRET}"),
         ("PARTITIONS", SECRET),
@@ -122,7 +129,21 @@ async def test_an_empty_ks_file_is_named(trap: str, tmp_path: Path) -> None:
     assert "AVATAR_KS_FILE: " in found.err
 
 
-@pytest.mark.parametrize("arguments", [("parked",), ("parked", "list", "--limit", "x"), ("fly",), ()])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("parked",),
+        ("parked", "list", "--limit", "x"),
+        ("parked", "list", "--limit", "0"),
+        ("parked", "list", "--limit", "-1"),
+        ("parked", "drop", "--yes", "--age", "-1"),
+        ("parked", "drop", "--yes", "--age", "nan"),
+        ("parked", "drop", "--yes", "--age", "soon"),
+        ("parked", "drop", "--yes", "--reason", "refussed"),
+        ("fly",),
+        (),
+    ],
+)
 async def test_a_wrong_command_shows_the_usage(tmp_path: Path, arguments: tuple[str, ...]) -> None:
     async with started("-m", "worker", *arguments, env={}, cwd=tmp_path) as process:
         found = await finished(process)
@@ -139,6 +160,26 @@ async def test_an_operator_is_told_that_there_is_no_broker(tmp_path: Path, argum
     assert found.code == 2
     assert "AMQP_URL: no broker at 127.0.0.1:1/" in found.err
     assert SECRET not in found.err
+
+
+async def test_a_reader_that_has_enough_is_no_error(tmp_path: Path) -> None:
+    """As `head`, which closes its end of the pipe."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = (sys.executable, "-m", "worker", "doctor")
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "AMQP_URL": "amqp://127.0.0.1:1/"}
+    process = await asyncio.create_subprocess_exec(*command, stdout=writing, stderr=PIPE, env=env, cwd=tmp_path)
+    os.close(writing)
+    _, err = await process.communicate()
+    assert (process.returncode, err.decode()) == (1, "")
+
+
+async def test_a_virtual_host_that_is_not_there_is_named(tmp_path: Path, amqp_url: str) -> None:
+    env = {"AMQP_URL": f"{amqp_url}nowhere"}
+    async with started("-m", "worker", "topology", env=env, cwd=tmp_path) as process:
+        found = await finished(process)
+    assert found.code == 2
+    assert "virtual host" in found.err
 
 
 async def test_the_topology_is_declared_and_shown(tmp_path: Path, amqp_url: str) -> None:

@@ -13,12 +13,14 @@ from hypothesis import strategies as st
 from pydantic import SecretStr
 
 from tests.support.conversation import speak
+from tests.support.scrape import value
 from tests.support.simulator import Simulator
 from worker.avatar import faults
 from worker.avatar.client import Api, AvatarClient
 from worker.avatar.credentials import FixedKs
 from worker.core.model import CallKind, CallResult, Part, Piece, Session
 from worker.core.work import Open
+from worker.ops.metrics import Metrics
 
 ANN = Open("ann", "v1", 1.1)
 VERBS = ["create", "init-client", "say-text", "interrupt", "keep-alive", "end"]
@@ -59,6 +61,21 @@ async def call(client: AvatarClient, verb: str, session: Session) -> CallResult:
     result, got = answer
     assert (got is not None) == (result.kind is CallKind.OK), "it brings something exactly if it succeeds"
     return result
+
+
+class TestMetrics:
+    @pytest.mark.parametrize("verb", VERBS)
+    async def test_a_call_is_counted_by_its_route_and_what_became_of_it(self, simulator: Simulator, verb: str) -> None:
+        metrics = Metrics()
+        async with AvatarClient(Api(simulator.url), FixedKs(SecretStr("demo-ks")), metrics) as client:
+            _, session = await client.create(ANN)
+            assert session is not None
+            await simulator.fault(kind="status", status=503, route=verb, times=1)
+            await call(client, verb, session)
+            await call(client, verb, session)
+        assert value(metrics.registry, "api_calls_total", route=verb, outcome="ok") == 1 + (verb == "create")
+        assert value(metrics.registry, "api_calls_total", route=verb, outcome="not_taken") == 1
+        assert value(metrics.registry, "api_call_duration_seconds_count", route=verb) == 2 + (verb == "create")
 
 
 class TestSuccess:

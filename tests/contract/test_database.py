@@ -210,9 +210,12 @@ class TestOutages:
         monkeypatch.setattr(module, "LONGEST_PAUSE_S", 0.05)
         database = await Database.open(store_url)
         Interposed(database).before = raising(Unreachable("gone"), *range(1000))
+        failures: list[None] = []
+        database.on_failure = lambda: failures.append(None)
         asked = [database.ask(put(f"n{n}"), PLACE, alone=True) for n in range(2)]
         await database.close()
         assert [one.cancelled() for one in asked] == [True, True]
+        assert failures
 
 
 class TestTwoWorkers:

@@ -21,7 +21,7 @@ NAMES = {
     "worker.ops.metrics",
 }  # log names and metrics are one list each, written in one place for all
 OUTER = {"worker.flow", "worker.amqp", "worker.avatar", "worker.stores", "worker.ops"}
-COMMANDS = {"worker.operate", "worker.doctor", "worker.parking", "worker.explain"}
+COMMANDS = {"worker.operate", "worker.doctor", "worker.parking", "worker.explain", "worker.tail"}
 MAY_IMPORT = {
     "schemas": set[str](),
     "worker": set[str](),
@@ -36,6 +36,7 @@ MAY_IMPORT = {
     "worker.doctor": {*INNER, *OUTER, "worker.settings", "worker.app", "worker.operate"},
     "worker.parking": {*INNER, *OUTER, "worker.settings", "worker.operate"},
     "worker.explain": {*INNER, *OUTER, "worker.settings", "worker.operate", "worker.parking"},
+    "worker.tail": {*INNER, *OUTER, "worker.settings", "worker.operate"},
     "worker.cli": {*INNER, *OUTER, *COMMANDS, "worker.settings", "worker.app", "worker.local"},
     "worker.__main__": {"worker.cli"},
 }
@@ -48,6 +49,7 @@ ROOMS_OF = {
     "aiohttp": {"worker.avatar", "worker.ops", "worker.local"},
     "sqlalchemy": {"worker.stores"},
     "asyncpg": {"worker.stores"},
+    "prometheus_client": {"worker.ops"},
     "sqlite3": {"worker.stores"},
 }
 

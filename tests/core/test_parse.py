@@ -92,7 +92,7 @@ def test_commands(body: dict[str, Any], expected: Command) -> None:
         (SPEAK | {"type": 1}, "invalid_field", "type"),
         ({}, "invalid_field", "turnId"),
         ({"turnId": "t1"}, "invalid_field", "text"),
-        ({"turnId": "t1", "text": "", "isFinal": False}, "invalid_field", "$"),
+        ({"turnId": "t1", "text": "", "isFinal": False}, "invalid_field", "text"),
         (SPEAK | {"turnId": ""}, "invalid_field", "turnId"),
         (SPEAK | {"turnId": "t" * 129}, "invalid_field", "turnId"),
         (SPEAK | {"turnId": 1}, "invalid_field", "turnId"),

@@ -22,6 +22,7 @@ from worker.flow.desk import Desk
 from worker.flow.keeper import Keeper
 from worker.flow.lanes import Lanes
 from worker.flow.settler import Settler
+from worker.ops.metrics import Metrics
 from worker.ports import Grant, Slots
 from worker.stores.backlog import SqlBacklog
 from worker.stores.database import Database
@@ -114,7 +115,8 @@ class Flow:
     def __post_init__(self) -> None:
         self.api = FakeApi()
         self.outbox = FakeOutbox()
-        self.settler = Settler(self.outbox)
+        self.metrics = Metrics()
+        self.settler = Settler(self.outbox, self.metrics)
         self.store = HeldStore(self.database)
         self.desk = Desk(self.api, self.store, self.owner, self.clock, self.slots)
         self.ledger = HeldLedger(self.database, self.clock)
@@ -126,6 +128,7 @@ class Flow:
             settler=self.settler,
             mark=self.outbox.mark,
             clock=self.clock,
+            metrics=self.metrics,
         )
         self.keeper = Keeper(
             self.desk,

@@ -7,6 +7,7 @@ import pytest
 
 from tests.flow.conftest import Fleet, Flow
 from tests.support.fakes import FakeDelivery, FakeTenure, until
+from tests.support.scrape import value
 from worker.core.model import Marker
 
 
@@ -72,6 +73,7 @@ async def test_the_new_waits_until_the_marker_has_passed(fleet: Fleet, workers: 
         await flow.all_settled()
     await until(lambda: marker.settled)
     assert await home(flows[0]) == 1
+    assert sum(value(flow.metrics.registry, "conversations_moved_total") for flow in flows) == 1
     assert [flow.outbox.whats.count("mark") for flow in flows][-1] == 1
 
 

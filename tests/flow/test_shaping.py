@@ -9,6 +9,7 @@ import pytest
 from tests.flow.conftest import Fleet, Flow
 from tests.support.conversation import RULES, wire
 from tests.support.fakes import FakeClock, until
+from tests.support.scrape import value
 from worker.flow import runner
 
 QUICK = replace(RULES, stall_first_s=0.05, stall_s=0.1, auto_final_s=0.3, pause_chars=100, resume_chars=20)
@@ -93,4 +94,5 @@ async def test_numbers_out_of_order_are_counted(flow: Flow) -> None:
     for seq in (1, 2, 5, 3):
         flow.offer(turnId="t1", text="word ", isFinal=False, seq=seq)
     await flow.all_settled()
-    assert flow.lanes.disorders == {"gap": 1, "step_back": 1}
+    for kind in ("gap", "step_back"):
+        assert value(flow.metrics.registry, "chunks_out_of_order_total", kind=kind) == 1

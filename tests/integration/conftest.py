@@ -23,6 +23,7 @@ from worker.flow.dead_letters import DeadLetters
 from worker.flow.desk import Desk
 from worker.flow.lanes import Lanes
 from worker.flow.settler import Settler
+from worker.ops.metrics import Metrics
 from worker.stores.backlog import SqlBacklog
 from worker.stores.database import Database
 from worker.stores.ledger import SqlLedger
@@ -101,6 +102,7 @@ class Station:
     settler: Settler
     consuming: Life
     publishing: Life
+    metrics: Metrics
     tasks: "tuple[asyncio.Task[None], ...]"
 
     async def ready(self) -> None:
@@ -165,8 +167,9 @@ def start(amqp_url: str) -> Start:
         clock, avatar = SteadyClock(), avatar or Avatar()
         database = await Database.open(store_url)
         store, ledger = SqlSessions(database), SqlLedger(database, clock)
-        outbox = Outbox(source="test", worker=name, event_retry_s=event_retry_s, clock=clock)
-        settler = Settler(outbox)
+        metrics = Metrics()
+        outbox = Outbox(source="test", worker=name, event_retry_s=event_retry_s, clock=clock, metrics=metrics)
+        settler = Settler(outbox, metrics)
         desk = Desk(avatar, store, name, clock)
         wanted = agreed(partitions, prefetch=prefetch)
         kept = SqlBacklog(database)
@@ -178,8 +181,11 @@ def start(amqp_url: str) -> Start:
             settler=settler,
             mark=outbox.mark,
             clock=clock,
+            metrics=metrics,
         )
-        inbox = Inbox(lanes, ledger.raise_epoch, outbox.announce, wanted=wanted, worker=name, clock=clock)
+        inbox = Inbox(
+            lanes, ledger.raise_epoch, outbox.announce, wanted=wanted, worker=name, clock=clock, metrics=metrics
+        )
         lanes.tenure_of = inbox.tenure_of
         consuming, publishing = Life(inbox.session), Life(outbox.session)
         links: list[tuple[str, Session_]] = [(url, consuming), (publish_url or url, publishing)]
@@ -193,7 +199,7 @@ def start(amqp_url: str) -> Start:
                 lanes.run(outbox.knock),
             )
         )
-        station = Station(inbox, outbox, avatar, lanes, ledger, kept, settler, consuming, publishing, tasks)
+        station = Station(inbox, outbox, avatar, lanes, ledger, kept, settler, consuming, publishing, metrics, tasks)
         try:
             await station.ready()
             yield station

@@ -9,6 +9,7 @@ import pytest
 from schemas.routes import partition_queue
 from tests.integration.conftest import Start, Station
 from tests.support.bus import PATIENCE_S, Bus, eventually
+from tests.support.scrape import value
 
 PREFETCH = 20
 QUEUE = partition_queue(0)
@@ -104,6 +105,7 @@ async def test_an_owner_that_was_fenced_off_keeps_nothing(start: Start, bus: Bus
         second = await bus.say("slow", "slow turn", "two")
         # It asks the store to keep what it holds, learns that it is not the owner, and joins anew.
         await eventually(lambda: station.inbox.tenure_of(0) is not before)
+        assert value(station.metrics.registry, "partitions_left_total", how="lost") == 1
         station.avatar.gate.set()
         await bus.all_ended([first, second])
         assert spoken(station) == "one two"

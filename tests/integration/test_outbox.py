@@ -12,6 +12,7 @@ import pytest
 from tests.integration.conftest import Start, Station
 from tests.support.bus import Bus, Document, eventually, properties
 from tests.support.proxy import proxied
+from tests.support.scrape import value
 
 ROOT = Path(__file__).parents[2]
 QUEUE = "avatar.commands.v1.p00"
@@ -45,6 +46,7 @@ async def test_a_full_listener_does_not_stop_speech(start: Start, bus: Bus, full
             await bus.say("c", f"t{number}", f"text {number}")
         await station.said("text 0", "text 1", "text 2")
         await station.settled()
+        assert value(station.metrics.registry, "events_dropped_total") > 0
         await station.gone()
         assert await bus.left_in(QUEUE) == 0
 

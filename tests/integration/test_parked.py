@@ -102,6 +102,18 @@ async def test_replay_shows_first_and_then_speaks_the_whole_turn(
         assert [row["message_id"] for row in (await command("parked", "list", "--json")).rows] == others
 
 
+async def test_looking_leaves_everything_in_its_order(bus: Bus, station: Station, command: Command) -> None:
+    """More than a map of Erlang keeps in order by itself, which is 32."""
+    ids = [await bus.send("c", {"type": "fly", "number": number}) for number in range(60)]
+    await bus.all_ended(ids)
+    parked = [row["message_id"] for row in (await command("parked", "list", "--json")).rows]
+    assert sorted(parked) == sorted(ids)
+    for arguments in (("list",), ("list", "--limit", "5"), ("replay",), ("drop", "--age", "3600", "--yes")):
+        await command("parked", *arguments)
+        again = [row["message_id"] for row in (await command("parked", "list", "--json")).rows]
+        assert again == parked, arguments
+
+
 async def test_a_life_ends_once_and_the_next_is_another(
     start: Start, bus: Bus, command: Command, store_url: str
 ) -> None:

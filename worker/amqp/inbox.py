@@ -29,6 +29,7 @@ from worker.core.model import Entry, Marker, Misfit, ReplyTo
 from worker.core.ownership import score
 from worker.errors import LinkLost
 from worker.ops import logs
+from worker.ops.metrics import Metrics
 from worker.ports import Clock
 
 _log = structlog.stdlib.get_logger(__name__)
@@ -157,6 +158,7 @@ class Inbox:
         wanted: Record,
         worker: str,
         clock: Clock,
+        metrics: Metrics | None = None,
     ) -> None:
         self.ready = asyncio.Event()
         self._receiver = receiver
@@ -165,6 +167,7 @@ class Inbox:
         self._wanted = wanted
         self._worker = worker
         self._clock = clock
+        self._metrics = metrics or Metrics()
         self._tenures: dict[int, ChannelTenure] = {}
         self._rejoining: list[asyncio.Task[None]] = []
         self._leaving = asyncio.Event()
@@ -224,6 +227,7 @@ class Inbox:
         while not self._leaving.is_set():
             tenure = self._tenures[partition]
             await tenure.given_up.wait()
+            self._metrics.left.labels("handed_over" if tenure.outranked else "lost").inc()
             if tenure.outranked:
                 if tenure.active:
                     _log.info(logs.PARTITION_HANDED_OVER, partition=partition)
@@ -304,6 +308,11 @@ class Inbox:
                 self._receiver.hear(replace(received, express=True))
 
         await channel.basic_consume(queue.name, receive, no_ack=True)
+
+    @property
+    def owned(self) -> int:
+        """How many partitions are this worker's just now, for all it knows."""
+        return sum(tenure.open and tenure.active for tenure in self._tenures.values())
 
     def tenure_of(self, partition: int) -> ChannelTenure | None:
         """The tenure under which this worker owns the partition just now; None: it is another's, for all it knows."""

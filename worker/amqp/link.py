@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 import structlog
 from aio_pika.abc import AbstractConnection
 from aio_pika.connection import Connection, make_url
-from aio_pika.exceptions import CONNECTION_EXCEPTIONS
+from aio_pika.exceptions import CONNECTION_EXCEPTIONS, AMQPConnectionError, ChannelInvalidStateError
 from aiormq.exceptions import ChannelAccessRefused, InvalidFrameError
 
 from worker.amqp import lenient
@@ -22,6 +22,7 @@ CONNECT_TIMEOUT_S = 10.0
 FIRST_PAUSE_S = 0.2
 LONGEST_PAUSE_S = 10.0
 _AT_ONCE_S = 0.1
+_PORTS = {"amqp": 5672, "amqps": 5671}
 
 LOSSES = (*CONNECTION_EXCEPTIONS, LinkLost, TimeoutError)
 """What it may mean that the broker went away: among them the RuntimeError of a channel that is closed already."""
@@ -105,6 +106,7 @@ class Connected:
 
     Raises:
         ConfigurationError: there is none to be had, or its user may not do that.
+        LinkLost: it went away meanwhile.
     """
 
     def __init__(self, url: str, *, heartbeat_s: int) -> None:
@@ -120,18 +122,20 @@ class Connected:
             raise ConfigurationError(f"AMQP_URL: no broker at {where(self._url)}: {_told(error)}") from None
         return self._connection
 
-    async def __aexit__(self, _type: object, error: BaseException | None, _traceback: object) -> None:
+    async def __aexit__(self, _: object, error: BaseException | None, __: object) -> None:
         """Close."""
-        if self._connection is not None:
-            await _close(self._connection)
+        assert self._connection is not None
+        await _close(self._connection)
         if isinstance(error, ChannelAccessRefused):
             raise ConfigurationError(f"AMQP_URL: {_told(error)}") from None
+        if isinstance(error, AMQPConnectionError | ConnectionError | ChannelInvalidStateError):
+            raise LinkLost(f"the connection to {where(self._url)} went away; try again") from error
 
 
 def where(url: str) -> str:
     """Host, port and virtual host, without the password."""
     parts = urlsplit(url)
-    return f"{parts.hostname}:{parts.port or 5672}{parts.path or '/'}"
+    return f"{parts.hostname}:{parts.port or _PORTS[parts.scheme]}{parts.path or '/'}"
 
 
 async def is_blocked(connection: AbstractConnection) -> bool:
@@ -160,6 +164,9 @@ def _told(error: BaseException) -> str:
     elif "ACCESS_REFUSED" in text:
         text += " (check user and password in AMQP_URL; guest may only connect from this machine)"
     elif isinstance(error, InvalidFrameError) and "OpenOk" in text:
-        # aiormq keeps to itself what the broker said.
-        text = "it refuses the virtual host in AMQP_URL: there is none of that name, or this user may not use it"
+        # What was expected; aiormq keeps to itself what the broker said instead.
+        text = (
+            "it refuses the virtual host in AMQP_URL: there is none of that name, or this user may not use it"
+            " (rabbitmqctl list_permissions -p VHOST)"
+        )
     return text

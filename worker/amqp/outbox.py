@@ -28,6 +28,7 @@ from worker.core.model import ReplyTo
 from worker.core.verdict import Parked
 from worker.errors import LinkLost
 from worker.ops import logs
+from worker.ops.metrics import Metrics
 from worker.ports import Clock, Delivery
 
 _log = structlog.stdlib.get_logger(__name__)
@@ -40,12 +41,15 @@ LONGEST_RETRY_S = 5.0
 class Outbox:
     """Publishes as soon as there is a connection, and waits for one. `ready` while there is one."""
 
-    def __init__(self, *, source: str, worker: str, event_retry_s: float, clock: Clock) -> None:
+    def __init__(
+        self, *, source: str, worker: str, event_retry_s: float, clock: Clock, metrics: Metrics | None = None
+    ) -> None:
         self.ready = asyncio.Event()
         self._source = source
         self._worker = worker
         self._event_retry_s = event_retry_s
         self._clock = clock
+        self._metrics = metrics or Metrics()
         self._events: AbstractChannel | None = None
         self._parking: AbstractChannel | None = None
         # One copy at a time: they keep the command's message_id, which two copies of one command share.
@@ -92,6 +96,7 @@ class Outbox:
                 now = self._clock()
                 refused_since = refused_since or now
                 if now - refused_since >= self._event_retry_s:
+                    self._metrics.dropped.inc()
                     _log.error(
                         logs.EVENT_LET_GO,
                         event_type=event.type,

@@ -1,7 +1,8 @@
 """Looks through `avatar.parked`, sends commands again and drops them.
 
 What is looked at is held unacknowledged meanwhile, so only one at a time may look, behind a mutex. It goes back to the
-head of the queue, in order, when the channel is closed, whatever happened.
+head of the queue, in order, when the channel is closed, whatever happened. In order only if one consumer had it all:
+to a quorum queue each `basic.get` is a consumer of its own, and the broker returns what many of them held in any order.
 """
 
 import asyncio
@@ -28,6 +29,9 @@ from worker.errors import ConfigurationError, LinkLost
 
 CONFIRM_TIMEOUT_S = 30.0
 
+_MOST = 65_535
+"""How many commands can be looked at at once: the widest window there is."""
+_SILENCE_S = 10.0
 _MUTEX = "avatar.parked.mutex"
 _MUTEX_PAUSE_S = 0.2
 _MUTEX_TRIES = 50
@@ -183,12 +187,21 @@ async def _opened(connection: AbstractConnection) -> AsyncIterator[AbstractChann
 
 
 async def _look_through(channel: AbstractChannel) -> AsyncIterator[Copy]:
-    """All that lies there by now, oldest first; what comes meanwhile is for the next time."""
+    """All that lies there by now, oldest first, up to `_MOST`; what comes meanwhile is for the next time.
+
+    Raises:
+        LinkLost: the broker has ceased to hand over.
+    """
     queue = await channel.declare_queue(routes.PARKED, passive=True)
-    for _ in range(queue.declaration_result.message_count or 0):
-        message = await queue.get(fail=False)
-        if message is None:
-            return
+    arrived: asyncio.Queue[AbstractIncomingMessage] = asyncio.Queue()
+    await channel.set_qos(_MOST)
+    await queue.consume(arrived.put)
+    for _ in range(min(queue.declaration_result.message_count or 0, _MOST)):
+        try:
+            message = await asyncio.wait_for(arrived.get(), _SILENCE_S)
+        except TimeoutError:
+            text = f"the broker handed over no more of {routes.PARKED} for {_SILENCE_S:.0f} s; try again"
+            raise LinkLost(text) from None
         yield Copy(_row(message), message)
 
 

@@ -16,11 +16,13 @@ from worker.avatar import faults
 from worker.avatar.credentials import KsSource, NoKs
 from worker.core.model import CallKind, CallResult, Piece, Session, Viewer
 from worker.core.work import Open
+from worker.ops.metrics import Metrics
 
 _RENEW_AHEAD_S = 300.0
 _LONGEST_LIFE_S = 10 * 365 * 86_400.0
 _IDLE_CONNECTION_S = 15.0
 """Shorter than common servers' own limit: a connection they close just as we use it costs us a lost answer."""
+_CREATE = "create"
 _CONNECT_S = 5.0
 """A connection that does not come about is surely not taken, so there is no use in waiting long for it."""
 
@@ -41,9 +43,10 @@ class Api:
 class AvatarClient:
     """`ports.AvatarApi` over HTTP. Close it when done: `async with AvatarClient(...) as client`."""
 
-    def __init__(self, api: Api, ks: KsSource) -> None:
+    def __init__(self, api: Api, ks: KsSource, metrics: Metrics | None = None) -> None:
         self._api = api
         self._ks = ks
+        self._metrics = metrics or Metrics()
         self._http = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_IDLE_CONNECTION_S),
             json_serialize=lambda document: json.dumps(document, ensure_ascii=False, separators=(",", ":")),
@@ -94,7 +97,7 @@ class AvatarClient:
     async def knock(self) -> CallResult:
         """Call create for nobody, who must be refused: shows that an Avatar API is there, and begins nothing."""
         url = self._api.base_url + self._api.create_path
-        return (await self._post(url, None, {}, self._api.timeout_s, creating=True))[0]
+        return (await self._post(url, None, {}, self._api.timeout_s, _CREATE))[0]
 
     async def _create(self, wanted: Open, ks: str) -> tuple[CallResult, Session | None]:
         voice = {"id": wanted.voice_id, "speed": wanted.voice_speed}
@@ -106,7 +109,7 @@ class AvatarClient:
         if "id" not in body["voiceConfig"]:
             del body["voiceConfig"]
         url = self._api.base_url + self._api.create_path
-        result, document = await self._post(url, f"KS {ks}", body, self._api.create_timeout_s, creating=True)
+        result, document = await self._post(url, f"KS {ks}", body, self._api.create_timeout_s, _CREATE)
         # 403 may be about the avatar.
         if result.kind is CallKind.OK or result.status == 401:
             self._ks.note(ks, accepted=result.kind is CallKind.OK)
@@ -124,9 +127,17 @@ class AvatarClient:
         self, session: Session, verb: str, body: dict[str, Any], timeout_s: float
     ) -> tuple[CallResult, Any]:
         url = f"{self._api.base_url}/{quote(session.session_id, safe='')}/{verb}"
-        return await self._post(url, f"Bearer {session.token}", body, timeout_s, creating=False)
+        return await self._post(url, f"Bearer {session.token}", body, timeout_s, verb)
 
     async def _post(
+        self, url: str, authorization: str | None, body: dict[str, Any], timeout_s: float, route: str
+    ) -> tuple[CallResult, Any]:
+        begun = time.monotonic()
+        result, document = await self._answer(url, authorization, body, timeout_s, creating=route == _CREATE)
+        self._metrics.call(route, result, time.monotonic() - begun)
+        return result, document
+
+    async def _answer(
         self, url: str, authorization: str | None, body: dict[str, Any], timeout_s: float, *, creating: bool
     ) -> tuple[CallResult, Any]:
         timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=min(timeout_s, _CONNECT_S))

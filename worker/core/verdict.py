@@ -56,7 +56,7 @@ class Conclusion:
     """An end, ready to be carried out in this order: park, tell, answer, acknowledge.
 
     `entries` end with it. `before` and `after` are events that go with it: a turn that begins or is over by it. `told`:
-    that was done already, only the rest is left to do.
+    that was done already, only the rest is left to do. `again`: it had ended before, and is told as it was then.
     """
 
     event: Event
@@ -66,6 +66,7 @@ class Conclusion:
     before: tuple[Event, ...] = ()
     after: tuple[Event, ...] = ()
     told: bool = False
+    again: bool = False
 
     @property
     def events(self) -> tuple[Event, ...]:
@@ -84,7 +85,7 @@ def _trace(entries: Sequence[Entry]) -> str | None:
 def repeated(ended: Ended, entry: Entry, session: Session | None) -> Conclusion:
     """The command has ended before: tell it again under the same id, and answer again whoever asked."""
     answer = _answer_again(ended.event, session, entry)
-    return Conclusion(ended.event, (entry,), answer=answer, before=ended.before, after=ended.after)
+    return Conclusion(ended.event, (entry,), answer=answer, before=ended.before, after=ended.after, again=True)
 
 
 def _answer_again(event: Event, session: Session | None, entry: Entry) -> Answer | None:

@@ -61,6 +61,11 @@ class Backlog:
             found.setdefault(number, []).append(conversation_id)
         return found
 
+    @property
+    def in_hand(self) -> int:
+        """How many commands that are kept are in this process's hands."""
+        return len(self._in_hand)
+
     def forget(self, tenure: Tenure) -> None:
         """The tenure has ended: what was in hand under it is for whoever owns the partition next."""
         self._in_hand = {key: owner for key, owner in self._in_hand.items() if owner is not tenure}
@@ -86,6 +91,11 @@ class Holding:
     def forget(self, tenure: Tenure) -> None:
         """It will be delivered again."""
         self._held = deque(one for one in self._held if tenure_of(one) is not tenure)
+
+    @property
+    def in_hand(self) -> int:
+        """How many it holds."""
+        return sum(not keepable(one).settled for one in self._held)
 
     def due(self, now: float) -> Tenure | None:
         """The tenure whose deliveries are to be kept now: there are many of them, or they have been held for long."""

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import contextvars
-from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import replace
 from typing import Any
@@ -21,6 +20,7 @@ from worker.flow.moved import Mark
 from worker.flow.runner import Runner
 from worker.flow.settler import Settler
 from worker.ops import logs
+from worker.ops.metrics import Metrics
 from worker.ports import Clock, Ledger, Tenure
 
 _log = structlog.stdlib.get_logger(__name__)
@@ -42,11 +42,10 @@ class Lanes:
         settler: Settler,
         mark: Mark,
         clock: Clock,
+        metrics: Metrics | None = None,
     ) -> None:
         self.tenure_of: Callable[[int], Tenure | None] = lambda _: None
         """The tenure under which this worker owns a partition just now, if it does: the inbox knows."""
-        self.disorders: Counter[str] = Counter()
-        """How often the numbers of chunks were not in order, by kind."""
         self._rules = rules
         self._breaker = Breaker()
         self._desk = desk
@@ -55,6 +54,7 @@ class Lanes:
         self._settler = settler
         self._mark = mark
         self._clock = clock
+        self._metrics = metrics or Metrics()
         self._runners: dict[str, Runner] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._stopping = False
@@ -158,6 +158,21 @@ class Lanes:
         """Whether any conversation waits here for what its old partition still has."""
         return any(runner.holds_moved for runner in self._runners.values())
 
+    @property
+    def conversations(self) -> int:
+        """How many conversations have something to do here."""
+        return len(self._runners)
+
+    @property
+    def in_hand(self) -> int:
+        """How many commands were delivered, and are neither settled nor kept in the store."""
+        return sum(runner.in_hand for runner in self._runners.values())
+
+    @property
+    def is_holding(self) -> bool:
+        """Whether calls are held since the API is taken to be down."""
+        return self._breaker.is_open
+
     def is_served(self, conversation_id: str) -> bool:
         """Whether the conversation has something to do here."""
         return conversation_id in self._runners
@@ -193,7 +208,7 @@ class Lanes:
             settler=self._settler,
             mark=self._mark,
             clock=self._clock,
-            disorders=self.disorders,
+            metrics=self._metrics,
         )
         self._runners[conversation_id] = runner
         # A context of its own: the log context of the delivery that happened to come first is not for the others.

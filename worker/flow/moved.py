@@ -11,6 +11,7 @@ from worker.core.moved import FIRST_LOOK_S, LONGEST_LOOK_S, Move
 from worker.flow.deliveries import delivery_of
 from worker.flow.settler import Settler
 from worker.ops import logs
+from worker.ops.metrics import Metrics
 from worker.ports import Clock, Ledger, Tenure
 
 _log = structlog.stdlib.get_logger(__name__)
@@ -22,24 +23,30 @@ Mark = Callable[[str, int, int], Awaitable[bool]]
 class Moved:
     """Holds what came under one tenure, in order, until the row names its partition."""
 
-    def __init__(self, conversation_id: str, tenure: Tenure, *, ledger: Ledger, mark: Mark, clock: Clock) -> None:
+    def __init__(
+        self, conversation_id: str, tenure: Tenure, *, ledger: Ledger, mark: Mark, clock: Clock, metrics: Metrics
+    ) -> None:
         self.waiting: deque[Entry | Marker] = deque()
         self._conversation_id = conversation_id
         self._tenure = tenure
         self._ledger = ledger
         self._mark = mark
         self._clock = clock
+        self._metrics = metrics
 
     async def over(self) -> int | None:
         """Return when it may go on. What is returned, unless None, is a partition that is gone: nothing waits there."""
         move, to = Move(self._tenure.partition), self._tenure.partition
         pause_s = FIRST_LOOK_S
+        counted = False
         while True:
             try:
                 home = await self._ledger.partition_of(self._conversation_id)
                 if home is None or move.is_over(home):
                     return None
                 if move.must_ask(home, self._clock()):
+                    self._metrics.moved.inc(not counted)
+                    counted = True
                     _log.warning(logs.CONVERSATION_MOVED, conversation_id=self._conversation_id, partition=home, to=to)
                     if not await self._mark(self._conversation_id, home, to):
                         return home
@@ -62,6 +69,7 @@ class Moves:
         mark: Mark,
         settler: Settler,
         clock: Clock,
+        metrics: Metrics,
     ) -> None:
         self._conversation_id = conversation_id
         self._go_on = go_on
@@ -69,6 +77,7 @@ class Moves:
         self._mark = mark
         self._settler = settler
         self._clock = clock
+        self._metrics = metrics
         self._moved: dict[Tenure, Moved] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -90,7 +99,14 @@ class Moves:
             self._settler.acknowledge(self._conversation_id, delivery_of(came.popleft()))
         if had and not came:
             return
-        moved = Moved(self._conversation_id, tenure, ledger=self._ledger, mark=self._mark, clock=self._clock)
+        moved = Moved(
+            self._conversation_id,
+            tenure,
+            ledger=self._ledger,
+            mark=self._mark,
+            clock=self._clock,
+            metrics=self._metrics,
+        )
         moved.waiting = came
         self._moved[tenure] = moved
         task = asyncio.create_task(self._release(tenure, moved))

@@ -8,7 +8,7 @@ of reach) is dropped too, and built again from what it held, after a pause; its 
 
 import asyncio
 import random
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Coroutine, Sequence
 from dataclasses import replace
 from itertools import islice, takewhile
@@ -33,6 +33,7 @@ from worker.flow.moved import Mark, Moves
 from worker.flow.pauses import Pauses
 from worker.flow.settler import Settler
 from worker.ops import logs
+from worker.ops.metrics import Metrics
 from worker.ports import Clock, Grant, Ledger, Tenure
 
 _log = structlog.stdlib.get_logger(__name__)
@@ -61,7 +62,7 @@ class Runner:
         settler: Settler,
         mark: Mark,
         clock: Clock,
-        disorders: Counter[str],
+        metrics: Metrics,
     ) -> None:
         self.conversation_id = conversation_id
         self._rules = rules
@@ -71,9 +72,11 @@ class Runner:
         self._backlog = backlog
         self._settler = settler
         self._clock = clock
-        self._disorders = disorders
+        self._metrics = metrics
         self._arrived: deque[Entry | Marker] = deque()
-        self._moves = Moves(conversation_id, self._go_on, ledger=ledger, mark=mark, settler=settler, clock=clock)
+        self._moves = Moves(
+            conversation_id, self._go_on, ledger=ledger, mark=mark, settler=settler, clock=clock, metrics=metrics
+        )
         self._gone: int | None = None
         self._holding = Holding(conversation_id, backlog)
         self._summons: Tenure | None = None
@@ -150,6 +153,11 @@ class Runner:
             self._tenure = None
             self._pauses.forget()
         self._wake.set()
+
+    @property
+    def in_hand(self) -> int:
+        """How many commands were delivered, and are neither settled nor kept in the store."""
+        return self._holding.in_hand
 
     @property
     def holds_moved(self) -> bool:
@@ -303,7 +311,7 @@ class Runner:
 
     def _note_disorder(self) -> None:
         for one in self._lane.take_disorders():
-            self._disorders[one.kind] += 1
+            self._metrics.disorders.labels(one.kind).inc()
             _log.warning(
                 logs.CHUNKS_OUT_OF_ORDER,
                 conversation_id=self.conversation_id,

@@ -14,6 +14,7 @@ import structlog
 
 from worker.core.verdict import Conclusion
 from worker.ops import logs
+from worker.ops.metrics import Metrics
 from worker.ports import Delivery, Grant, Outbox
 
 _log = structlog.stdlib.get_logger(__name__)
@@ -28,8 +29,9 @@ class _Submitted:
 class Settler:
     """One queue of conclusions per conversation, each emptied by a task that ends with it."""
 
-    def __init__(self, outbox: Outbox) -> None:
+    def __init__(self, outbox: Outbox, metrics: Metrics | None = None) -> None:
         self._outbox = outbox
+        self._metrics = metrics or Metrics()
         self._queues: dict[str, deque[_Submitted | Delivery]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._emptying: dict[str, asyncio.Task[None]] = {}
@@ -100,6 +102,7 @@ class Settler:
                         await self._outbox.answer(entry.reply_to, conclusion.answer.payload)
             for entry in conclusion.entries:
                 await cast(Delivery, entry.delivery).settle()
+            self._metrics.conclude(conclusion)
         except Exception:  # noqa: BLE001 - one conversation's trouble must not stop the task of another
             # Not acknowledged, so not lost: it comes again with the next connection, and ends as it ended here.
             _log.exception(

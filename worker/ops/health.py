@@ -1,4 +1,4 @@
-"""`/healthz` (the process is alive) and `/readyz` (it can do its work), for orchestrators."""
+"""`/healthz` (the process is alive) and `/readyz` (it can do its work) for orchestrators, `/metrics` for Prometheus."""
 
 from collections.abc import Callable, Mapping
 from typing import Self
@@ -6,6 +6,7 @@ from typing import Self
 from aiohttp import web
 
 from worker.errors import ConfigurationError
+from worker.ops.metrics import Metrics
 
 
 class Health:
@@ -14,14 +15,16 @@ class Health:
     Serves only inside `async with`; port 0 means none at all.
     """
 
-    def __init__(self, host: str, port: int, checks: Mapping[str, Callable[[], bool]]) -> None:
+    def __init__(self, host: str, port: int, checks: Mapping[str, Callable[[], bool]], metrics: Metrics) -> None:
         self.stopping = False
         self._host = host
         self._port = port
         self._checks = checks
+        self._metrics = metrics
         app = web.Application()
         app.router.add_get("/healthz", self._healthz)
         app.router.add_get("/readyz", self._readyz)
+        app.router.add_get("/metrics", self._show)
         self._runner = web.AppRunner(app, access_log=None)
 
     async def __aenter__(self) -> Self:
@@ -51,3 +54,7 @@ class Health:
         found = {name: check() for name, check in self._checks.items()}
         ready = not self.stopping and all(found.values())
         return web.json_response({"ready": ready, "stopping": self.stopping} | found, status=200 if ready else 503)
+
+    async def _show(self, request: web.Request) -> web.Response:
+        body, content_type = self._metrics.exposition(request.headers.get("Accept", ""))
+        return web.Response(body=body, headers={"Content-Type": content_type})

@@ -7,7 +7,7 @@ import asyncio
 import random
 import uuid
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from itertools import count
 from typing import Any, Self
 
@@ -40,6 +40,8 @@ class Database:
     """
 
     def __init__(self, backend: Backend) -> None:
+        self.on_failure: Callable[[], None] = lambda: None
+        """Called whenever it could not be reached."""
         self._backend = backend
         self._name = uuid.uuid4().hex
         self._numbers = count(1)
@@ -95,6 +97,7 @@ class Database:
                 return await self._backend.read(work)
             except Unreachable as error:
                 if not patient:
+                    self.on_failure()
                     raise
                 await self._wait_out(error)
 
@@ -108,6 +111,7 @@ class Database:
         job = self._enqueue(lambda connection, _: [work(connection)], None, place, alone=alone, patient=False)
         if not (await asyncio.wait([job.done], timeout=PATIENCE_S))[0]:
             job.dropped = True
+            self.on_failure()
             raise Unreachable("no answer in time")
         result: T = job.done.result()
         return result
@@ -195,6 +199,7 @@ class Database:
 
     async def _pause(self, error: Exception) -> None:
         """Longer from time to time, until something is written again."""
+        self.on_failure()
         _log.error(logs.STORE_FAILED, error=text_of(error), again_in_s=self._pause_s)
         await asyncio.sleep(self._pause_s)
         self._pause_s = min(self._pause_s * 2, LONGEST_PAUSE_S)
