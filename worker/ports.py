@@ -246,7 +246,8 @@ class Ledger(Protocol):
         """Write what has happened; if that is not granted, nothing is written, and what happens is another's to say.
 
         The `outcome` of an attempt is a fact, and is written whoever owns the partition, as long as nobody has tried
-        again or decided without it; anything else only if nobody else has written meanwhile.
+        again or decided without it; what others have written meanwhile stands (`core.outcome`). Anything else is
+        written only if nobody else has written meanwhile.
         """
 
     async def end(self, conversation_id: str, known_as: str, ended: Ended) -> Ended:

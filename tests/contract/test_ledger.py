@@ -69,8 +69,10 @@ def changes(
     state: State | None = None,
     turns: dict[str, Turn] | None = None,
     ended: dict[str, Ended] | None = None,
+    before: State | None = None,
 ) -> Changes:
-    return Changes(_version(version), _version(version + 1), state or State(), turns or {}, ended or {})
+    base, made = _version(version), _version(version + 1)
+    return Changes(base, made, before or State(), state or State(), turns or {}, ended or {})
 
 
 def _version(number: int) -> str:
@@ -82,7 +84,7 @@ def attempting(version: int, number: int) -> Changes:
 
 
 def outcome(version: int, number: int, **fields: Any) -> Changes:
-    return changes(version, State(number=number), **fields)
+    return changes(version, State(number=number), before=replace(STATE, number=number), **fields)
 
 
 class Open(Protocol):
@@ -317,9 +319,35 @@ class TestOutcomes:
         heir.turn("t7", 5.0).state = TurnState.INTERRUPTED
         await other.record("c1", taken(heir), outcome=False)
         assert await ledger.record("c1", outcome(1, 1, turns=TURNS), outcome=True) is Grant.GRANTED
-        state, turns, _ = contents(await other.recall("c1"))
-        assert state == State(number=1)
-        assert turns == TURNS | {"t7": Turn(TurnState.INTERRUPTED, touched=5.0)}
+        memory = await other.recall("c1")
+        assert (memory.state.attempt, memory.state.silenced) == (None, STATE.silenced)
+        assert memory.turns == TURNS | {"t7": Turn(TurnState.INTERRUPTED, touched=5.0)}
+
+    @pytest.mark.usefixtures("begun")
+    async def test_what_another_has_written_stands(self, ledger: Ledger, other: Ledger) -> None:
+        heir = await other.recall("c1")
+        heir.update(fences={"i2": 7.0}, busy_until=1e10)
+        heir.turn("t1", 5.0).state = TurnState.FAILED
+        heirs = taken(heir)
+        late = Turn(TurnState.CLOSED, pieces=3, text_length=9, touched=4.0)
+        asked = [
+            ledger.record("c1", heirs, outcome=False),
+            ledger.record("c1", outcome(1, 1, turns={"t1": late}), outcome=True),
+        ]
+        assert await asyncio.gather(*asked) == [Grant.GRANTED] * 2
+        memory = await other.recall("c1")
+        assert (memory.state.attempt, memory.state.fences, memory.state.busy_until) == (None, {"i2": 7.0}, 1e10)
+        assert memory.turns["t1"] == replace(late, state=TurnState.FAILED, touched=5.0)
+        heir.update(playing_until=1.0)
+        assert await other.record("c1", taken(heir), outcome=False) is Grant.OUTDATED, "it has to look again"
+
+    @pytest.mark.usefixtures("begun")
+    async def test_not_when_a_command_of_it_has_ended_beside_it(self, ledger: Ledger, other: Ledger) -> None:
+        discarded = Event("c1", SpeechDiscarded(turn_id="t1", command_ids=("m1",), reason="interrupted"), "m1")
+        beside = Changes("1", "beside", STATE, replace(STATE, number=1), {}, {"m1": ended(discarded)})
+        assert await other.record("c1", beside, outcome=False) is Grant.GRANTED
+        assert await ledger.record("c1", outcome(1, 1, ended={"m1": ended()}), outcome=True) is Grant.OUTDATED
+        assert (await ledger.recall("c1")).version == "beside"
 
     @pytest.mark.usefixtures("begun")
     async def test_the_other_is_outdated_by_it(self, ledger: Ledger, other: Ledger) -> None:
