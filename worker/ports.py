@@ -250,8 +250,11 @@ class Ledger(Protocol):
         written only if nobody else has written meanwhile.
         """
 
-    async def end(self, conversation_id: str, known_as: str, ended: Ended) -> Ended:
-        """A command has ended beside its lane: note it, unless it has ended before; returns what stands."""
+    async def end(self, entry: Entry, ended: Ended) -> Ended:
+        """A command has ended beside its lane: note it, and its turn as failed, unless it has ended before.
+
+        Returns what stands, see `core.undelivered.note`.
+        """
 
     async def raise_epoch(self, partition: int) -> int:
         """Begin a new ownership of the partition; all before it may intend nothing any more."""

@@ -11,9 +11,11 @@ from typing import Any, Protocol
 import pytest
 import sqlalchemy as sa
 
-from schemas.events import Event, SpeechAccepted, SpeechDiscarded, TurnCompleted, TurnStarted
+from schemas.events import Event, SpeechAccepted, SpeechDiscarded, TurnCompleted, TurnFailed, TurnStarted
+from tests.support.conversation import speak
 from tests.support.fakes import FakeClock, until
 from worker.core.memory import NAMED, Attempt, Changes, Ended, Memory, SentPart, State, Turn, TurnState
+from worker.core.shaping.shaper import NEW_TURN
 from worker.ports import Grant, Ledger
 from worker.stores.backend import Unreachable
 from worker.stores.database import Database
@@ -219,12 +221,57 @@ class TestKnown:
         named = memory.to_look_up({"m0", "m2", "new"})
         assert named == ({"m0", "m2"} if count <= NAMED else {"m0", "m2", "new"})
 
-    async def test_whoever_recalled_before_a_command_ended_beside_it_must_look_again(self, ledger: Ledger) -> None:
+
+class TestEndedBeside:
+    """What the broker gave up ends without the lane of its conversation."""
+
+    LOST = speak("t1", "x", message_id="m9")
+    FAILED = Event("c1", TurnFailed(turn_id="t1", reason="dead_lettered"), "t1\nm9")
+
+    def beside(self) -> Ended:
+        return ended(accepted("m9", key="m9"), after=(self.FAILED,))
+
+    async def test_whoever_recalled_before_must_look_again(self, ledger: Ledger) -> None:
         await ledger.record("c1", attempting(0, 1), outcome=False)
-        await ledger.end("c1", "m9", ended())
-        assert await ledger.record("c1", changes(1, State(number=1)), outcome=True) is Grant.GRANTED, "it is a fact"
+        assert await ledger.end(self.LOST, self.beside()) == self.beside()
+        assert await ledger.record("c1", outcome(1, 1), outcome=True) is Grant.GRANTED, "it is a fact"
         assert await ledger.record("c1", changes(2, State(number=1)), outcome=False) is Grant.OUTDATED
         assert (await ledger.recall("c1")).to_look_up({"m9"}) == {"m9"}
+
+    async def test_its_turn_has_failed_and_keeps_what_was_counted(self, ledger: Ledger) -> None:
+        await ledger.record(
+            "c1", changes(0, replace(STATE, shapes={"t1": NEW_TURN, "t7": NEW_TURN}), TURNS), outcome=False
+        )
+        await ledger.end(self.LOST, self.beside())
+        memory = await ledger.recall("c1")
+        assert memory.turns == TURNS | {"t1": Turn(TurnState.FAILED, 2, 40, 100.0)}
+        assert memory.state == replace(STATE, shapes={"t7": NEW_TURN}), "whatever is under way is not its business"
+
+    async def test_an_outcome_that_comes_then_does_not_open_it_again(self, ledger: Ledger) -> None:
+        await ledger.record("c1", attempting(0, 1), outcome=False)
+        await ledger.end(self.LOST, self.beside())
+        said = outcome(1, 1, turns={"t1": Turn(TurnState.CLOSED, pieces=1)}, ended={"m1": ended()})
+        assert await ledger.record("c1", said, outcome=True) is Grant.GRANTED
+        assert (await ledger.recall("c1")).turns["t1"] == Turn(TurnState.FAILED, 1, touched=100.0)
+
+    async def test_where_it_was_silent_its_end_is_told_alone(self, ledger: Ledger) -> None:
+        await ledger.record("c1", changes(0, turns={"t1": Turn(TurnState.INTERRUPTED)}), outcome=False)
+        alone = replace(self.beside(), after=())
+        assert await ledger.end(self.LOST, self.beside()) == alone
+        assert await ledger.known("c1", ["m9"]) == {"m9": alone}
+        assert (await ledger.recall("c1")).turns["t1"].state is TurnState.INTERRUPTED
+
+    async def test_it_ends_once_and_is_told_so_again(self, ledger: Ledger, other: Ledger) -> None:
+        await ledger.end(self.LOST, self.beside())
+        version = (await ledger.recall("c1")).version
+        assert await other.end(self.LOST, self.beside()) == self.beside()
+        assert (await ledger.recall("c1")).version == version
+
+    async def test_without_an_id_its_turn_fails_all_the_same(self, ledger: Ledger) -> None:
+        await ledger.end(speak("t1", "x", message_id=None), self.beside())
+        memory = await ledger.recall("c1")
+        assert memory.turns["t1"].state is TurnState.FAILED
+        assert not memory.elsewhere
 
 
 class TestEpochs:

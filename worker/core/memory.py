@@ -205,6 +205,11 @@ class Memory:
         turn = self.turns.get(turn_id)
         return turn is not None and turn.silent
 
+    def is_interrupted(self, turn_id: str) -> bool:
+        """Whether that is because of an interrupt: then what was said of it is not to be heard either."""
+        turn = self.turns.get(turn_id)
+        return turn is not None and turn.state is TurnState.INTERRUPTED
+
     def open_turns(self) -> Iterator[str]:
         """Turns that were begun and neither closed nor silenced."""
         return (turn_id for turn_id, turn in self.turns.items() if turn.state is TurnState.OPEN)

@@ -11,8 +11,11 @@ import sqlalchemy as sa
 import structlog
 from sqlalchemy.dialects.postgresql import insert
 
+from schemas.commands import Speak
 from schemas.events import EVENT_TYPES, Event
+from worker.core import undelivered
 from worker.core.memory import NAMED, Attempt, Changes, Ended, Memory, SentPart, State, Turn, TurnState
+from worker.core.model import Entry
 from worker.core.outcome import merged
 from worker.core.shaping import shaper
 from worker.ops import logs
@@ -88,20 +91,26 @@ class SqlLedger:
         """Granted while the row is as it was; an outcome, while its attempt has none."""
         return self._ask(_Job(conversation_id, changes, -1, None, outcome))
 
-    async def end(self, conversation_id: str, known_as: str, ended: Ended) -> Ended:
+    async def end(self, entry: Entry, ended: Ended) -> Ended:
         """The conversation's row is locked first, as for all that is written of it."""
+        conversation_id = entry.command.conversation_id
+        names = [entry.command.turn_id] if isinstance(entry.command, Speak) else []
+        known_as = [] if entry.known_as is None else [entry.known_as]
 
         def work(connection: sa.Connection) -> Ended:
             connection.execute(_noted(conversation_id, ended.at))
-            mine = conversations.c.conversation_id == conversation_id
-            connection.execute(sa.select(conversations.c.version).where(mine).with_for_update())
-            stands = _known(connection, conversation_id, [known_as]).get(known_as)
-            if stands is None:
-                for table, row in _ended_rows(conversation_id, known_as, ended):
-                    connection.execute(_STATEMENTS[table], [row])
-                # Whoever serves the conversation must look again: it knows which commands have ended.
-                connection.execute(sa.update(conversations).where(mine).values(version=f"ended {uuid.uuid4().hex}"))
-            return stands or ended
+            mine = sa.select(conversations).where(conversations.c.conversation_id == conversation_id)
+            row = connection.execute(mine.with_for_update()).one()
+            for stands in _known(connection, conversation_id, known_as).values():
+                return stands
+            known = _turns(connection, conversation_id, names)
+            # Whoever serves the conversation must look again: it knows which commands have ended, and which turns.
+            memory = Memory(_state(row.state), known, version=row.version, writer=f"ended {uuid.uuid4().hex}")
+            told = undelivered.note(memory, entry, ended)
+            changes = memory.take_changes()
+            if changes is not None:
+                _put(connection, [(conversation_id, changes)], self._clock())
+            return told
 
         return await asyncio.shield(self._database.ask(work, _PLACE, alone=True))
 
