@@ -252,11 +252,15 @@ class Ledger(Protocol):
         """Write what has happened; if that is not granted, nothing is written, and what happens is another's to say.
 
         The `outcome` of an attempt is a fact, and is written whoever owns the partition, as long as nobody has tried
-        again or decided without it; anything else only if nobody else has written meanwhile.
+        again or decided without it; what others have written meanwhile stands (`core.outcome`). Anything else is
+        written only if nobody else has written meanwhile.
         """
 
-    async def end(self, conversation_id: str, known_as: str, ended: Ended) -> Ended:
-        """A command has ended beside its lane: note it, unless it has ended before; returns what stands."""
+    async def end(self, entry: Entry, ended: Ended) -> Ended:
+        """A command has ended beside its lane: note it, and its turn as failed, unless it has ended before.
+
+        Returns what stands, see `core.undelivered.note`.
+        """
 
     async def raise_epoch(self, partition: int) -> int:
         """Begin a new ownership of the partition; all before it may intend nothing any more."""

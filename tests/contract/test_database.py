@@ -4,6 +4,7 @@ import asyncio
 import random
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -256,8 +257,7 @@ class TestTwoWorkers:
 
             async def intend(conversation_id: str, epoch: int, granted: set[str]) -> None:
                 base = (await ours.recall(conversation_id)).version
-                change = changes(0, State(number=epoch))
-                change = type(change)(base, f"{epoch} {conversation_id}", change.state, {}, {})
+                change = replace(changes(0, State(number=epoch)), base=base, version=f"{epoch} {conversation_id}")
                 if await ours.intend(conversation_id, change, 0, epoch) is Grant.GRANTED:
                     granted.add(conversation_id)
 

@@ -11,9 +11,11 @@ from typing import Any, Protocol
 import pytest
 import sqlalchemy as sa
 
-from schemas.events import Event, SpeechAccepted, SpeechDiscarded, TurnCompleted, TurnStarted
+from schemas.events import Event, SpeechAccepted, SpeechDiscarded, TurnCompleted, TurnFailed, TurnStarted
+from tests.support.conversation import speak
 from tests.support.fakes import FakeClock, until
 from worker.core.memory import NAMED, Attempt, Changes, Ended, Memory, SentPart, State, Turn, TurnState
+from worker.core.shaping.shaper import NEW_TURN
 from worker.ports import Grant, Ledger
 from worker.stores.backend import Unreachable
 from worker.stores.database import Database
@@ -69,8 +71,10 @@ def changes(
     state: State | None = None,
     turns: dict[str, Turn] | None = None,
     ended: dict[str, Ended] | None = None,
+    before: State | None = None,
 ) -> Changes:
-    return Changes(_version(version), _version(version + 1), state or State(), turns or {}, ended or {})
+    base, made = _version(version), _version(version + 1)
+    return Changes(base, made, before or State(), state or State(), turns or {}, ended or {})
 
 
 def _version(number: int) -> str:
@@ -82,7 +86,7 @@ def attempting(version: int, number: int) -> Changes:
 
 
 def outcome(version: int, number: int, **fields: Any) -> Changes:
-    return changes(version, State(number=number), **fields)
+    return changes(version, State(number=number), before=replace(STATE, number=number), **fields)
 
 
 class Open(Protocol):
@@ -217,12 +221,57 @@ class TestKnown:
         named = memory.to_look_up({"m0", "m2", "new"})
         assert named == ({"m0", "m2"} if count <= NAMED else {"m0", "m2", "new"})
 
-    async def test_whoever_recalled_before_a_command_ended_beside_it_must_look_again(self, ledger: Ledger) -> None:
+
+class TestEndedBeside:
+    """What the broker gave up ends without the lane of its conversation."""
+
+    LOST = speak("t1", "x", message_id="m9")
+    FAILED = Event("c1", TurnFailed(turn_id="t1", reason="dead_lettered"), "t1\nm9")
+
+    def beside(self) -> Ended:
+        return ended(accepted("m9", key="m9"), after=(self.FAILED,))
+
+    async def test_whoever_recalled_before_must_look_again(self, ledger: Ledger) -> None:
         await ledger.record("c1", attempting(0, 1), outcome=False)
-        await ledger.end("c1", "m9", ended())
-        assert await ledger.record("c1", changes(1, State(number=1)), outcome=True) is Grant.GRANTED, "it is a fact"
+        assert await ledger.end(self.LOST, self.beside()) == self.beside()
+        assert await ledger.record("c1", outcome(1, 1), outcome=True) is Grant.GRANTED, "it is a fact"
         assert await ledger.record("c1", changes(2, State(number=1)), outcome=False) is Grant.OUTDATED
         assert (await ledger.recall("c1")).to_look_up({"m9"}) == {"m9"}
+
+    async def test_its_turn_has_failed_and_keeps_what_was_counted(self, ledger: Ledger) -> None:
+        await ledger.record(
+            "c1", changes(0, replace(STATE, shapes={"t1": NEW_TURN, "t7": NEW_TURN}), TURNS), outcome=False
+        )
+        await ledger.end(self.LOST, self.beside())
+        memory = await ledger.recall("c1")
+        assert memory.turns == TURNS | {"t1": Turn(TurnState.FAILED, 2, 40, 100.0)}
+        assert memory.state == replace(STATE, shapes={"t7": NEW_TURN}), "whatever is under way is not its business"
+
+    async def test_an_outcome_that_comes_then_does_not_open_it_again(self, ledger: Ledger) -> None:
+        await ledger.record("c1", attempting(0, 1), outcome=False)
+        await ledger.end(self.LOST, self.beside())
+        said = outcome(1, 1, turns={"t1": Turn(TurnState.CLOSED, pieces=1)}, ended={"m1": ended()})
+        assert await ledger.record("c1", said, outcome=True) is Grant.GRANTED
+        assert (await ledger.recall("c1")).turns["t1"] == Turn(TurnState.FAILED, 1, touched=100.0)
+
+    async def test_where_it_was_silent_its_end_is_told_alone(self, ledger: Ledger) -> None:
+        await ledger.record("c1", changes(0, turns={"t1": Turn(TurnState.INTERRUPTED)}), outcome=False)
+        alone = replace(self.beside(), after=())
+        assert await ledger.end(self.LOST, self.beside()) == alone
+        assert await ledger.known("c1", ["m9"]) == {"m9": alone}
+        assert (await ledger.recall("c1")).turns["t1"].state is TurnState.INTERRUPTED
+
+    async def test_it_ends_once_and_is_told_so_again(self, ledger: Ledger, other: Ledger) -> None:
+        await ledger.end(self.LOST, self.beside())
+        version = (await ledger.recall("c1")).version
+        assert await other.end(self.LOST, self.beside()) == self.beside()
+        assert (await ledger.recall("c1")).version == version
+
+    async def test_without_an_id_its_turn_fails_all_the_same(self, ledger: Ledger) -> None:
+        await ledger.end(speak("t1", "x", message_id=None), self.beside())
+        memory = await ledger.recall("c1")
+        assert memory.turns["t1"].state is TurnState.FAILED
+        assert not memory.elsewhere
 
 
 class TestEpochs:
@@ -317,9 +366,35 @@ class TestOutcomes:
         heir.turn("t7", 5.0).state = TurnState.INTERRUPTED
         await other.record("c1", taken(heir), outcome=False)
         assert await ledger.record("c1", outcome(1, 1, turns=TURNS), outcome=True) is Grant.GRANTED
-        state, turns, _ = contents(await other.recall("c1"))
-        assert state == State(number=1)
-        assert turns == TURNS | {"t7": Turn(TurnState.INTERRUPTED, touched=5.0)}
+        memory = await other.recall("c1")
+        assert (memory.state.attempt, memory.state.silenced) == (None, STATE.silenced)
+        assert memory.turns == TURNS | {"t7": Turn(TurnState.INTERRUPTED, touched=5.0)}
+
+    @pytest.mark.usefixtures("begun")
+    async def test_what_another_has_written_stands(self, ledger: Ledger, other: Ledger) -> None:
+        heir = await other.recall("c1")
+        heir.update(fences={"i2": 7.0}, busy_until=1e10)
+        heir.turn("t1", 5.0).state = TurnState.FAILED
+        heirs = taken(heir)
+        late = Turn(TurnState.CLOSED, pieces=3, text_length=9, touched=4.0)
+        asked = [
+            ledger.record("c1", heirs, outcome=False),
+            ledger.record("c1", outcome(1, 1, turns={"t1": late}), outcome=True),
+        ]
+        assert await asyncio.gather(*asked) == [Grant.GRANTED] * 2
+        memory = await other.recall("c1")
+        assert (memory.state.attempt, memory.state.fences, memory.state.busy_until) == (None, {"i2": 7.0}, 1e10)
+        assert memory.turns["t1"] == replace(late, state=TurnState.FAILED, touched=5.0)
+        heir.update(playing_until=1.0)
+        assert await other.record("c1", taken(heir), outcome=False) is Grant.OUTDATED, "it has to look again"
+
+    @pytest.mark.usefixtures("begun")
+    async def test_not_when_a_command_of_it_has_ended_beside_it(self, ledger: Ledger, other: Ledger) -> None:
+        discarded = Event("c1", SpeechDiscarded(turn_id="t1", command_ids=("m1",), reason="interrupted"), "m1")
+        beside = Changes("1", "beside", STATE, replace(STATE, number=1), {}, {"m1": ended(discarded)})
+        assert await other.record("c1", beside, outcome=False) is Grant.GRANTED
+        assert await ledger.record("c1", outcome(1, 1, ended={"m1": ended()}), outcome=True) is Grant.OUTDATED
+        assert (await ledger.recall("c1")).version == "beside"
 
     @pytest.mark.usefixtures("begun")
     async def test_the_other_is_outdated_by_it(self, ledger: Ledger, other: Ledger) -> None:

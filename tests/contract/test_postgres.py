@@ -11,6 +11,7 @@ import sqlalchemy as sa
 
 from tests.contract.test_ledger import STATE, accepted, attempting, changes, contents, ended
 from tests.contract.test_session_store import held
+from tests.support.conversation import speak
 from tests.support.fakes import FakeClock, until
 from tests.support.postgres import OwnedPostgres, Postgres, own_postgres
 from tests.support.proxy import proxied
@@ -125,7 +126,7 @@ class TestLocks:
         await ours.record("c1", changes(0), outcome=False)
         first = job(changes(1, ended={"m1": stands}))
         async with under_way(workers[0], lambda connection: ours._write(connection, [first])):
-            second = await waits(theirs.end("c1", "m1", late), postgres)
+            second = await waits(theirs.end(speak("t1", "x", message_id="m1"), late), postgres)
         assert await second == stands
 
     async def test_what_is_being_pruned_by_one_is_left_to_it(

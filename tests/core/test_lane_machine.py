@@ -31,7 +31,7 @@ from tests.support.conversation import (
     wire,
 )
 from worker.core.lane import Lane
-from worker.core.memory import Memory
+from worker.core.memory import Changes, Memory
 from worker.core.model import CallKind, CallResult, Entry
 from worker.core.verdict import Conclusion
 from worker.core.work import INTENT_S, Attach, Call, Open, Say, Wait
@@ -235,6 +235,21 @@ class LaneMachine(RuleBasedStateMachine):
                 older = any(one < number for one in _numbers(work.piece.text))
                 assert not (older if turn is None else work.piece.turn_id == turn), "it was interrupted"
 
+    @precondition(lambda self: self.talk.calling is None)
+    @rule(calls=st.integers(1, 4), stop=st.booleans())
+    def go_on(self, calls: int, stop: bool) -> None:
+        """The API answers well, until it is being called once more; one rule, for else few steps come that far."""
+        for _ in range(calls):
+            self.next()
+            if stop and isinstance(self.talk.calling, Say):
+                break
+            self.answer_well()
+
+    def answer_well(self) -> None:
+        if self.talk.calling is not None:
+            self.hear(self.talk.calling)
+            self.careful(self.talk.done)
+
     @precondition(lambda self: self.talk.calling is not None)
     @rule(data=st.data())
     def answer(self, data: st.DataObject) -> None:
@@ -283,6 +298,7 @@ class LaneMachine(RuleBasedStateMachine):
 
         `seeing`: the message that the lane is handed.
         """
+        self.noted_until = max(self.noted_until, *(told_at + 2.0 for told_at in self.talk.told_at), 0.0)
         try:
             step()
         except Outdated:
@@ -331,13 +347,18 @@ class LaneMachine(RuleBasedStateMachine):
         self.redeliver()
 
     @precondition(lambda self: self.talk.calling is not None)
-    @rule()
-    def lose_the_partition_while_calling(self) -> None:
+    @rule(wanted=_TURNS | st.none(), soon=st.booleans(), data=st.data())
+    def lose_the_partition_while_calling(self, wanted: str | None, soon: bool, data: st.DataObject) -> None:
+        """The next owner may have an interrupt to write of before the call is answered, which may be soon."""
         assert self.talk.calling is not None
         self.zombie = Zombie(self.talk.lane, self.talk.memory, self.talk.calling, self.begun)
         self.zombie_until = self.begun + INTENT_S + 2.0
         self.noted_until = max(self.noted_until, self.zombie_until)
         self.redeliver()
+        if wanted is not None:
+            self.overtake(self.interrupt(wanted))
+        if soon:
+            self.answer_to_the_zombie(data)
 
     @precondition(lambda self: self.zombie is not None and self.zombie.call is not None)
     @rule(data=st.data())
@@ -380,12 +401,25 @@ class LaneMachine(RuleBasedStateMachine):
 
     def tell_for_the_zombie(self, told: tuple[Conclusion, ...], *, outcome: bool = False) -> bool:
         assert self.zombie is not None
-        changes = self.zombie.memory.take_changes()
+        changes, stood = self.zombie.memory.take_changes(), self.talk.written.recall()
         if changes is not None and not self.talk.written.write(changes, outcome=outcome):
             self.zombie = None
             return False
+        if changes is not None and outcome:
+            self.undoes_nothing(stood, changes)
         self.talk.conclusions += told
         return True
+
+    def undoes_nothing(self, stood: Memory, outcome: Changes) -> None:
+        """What another has written about the conversation stands, whatever came of the call."""
+        stands = self.talk.written.recall()
+        assert (stands.state.fences, stands.state.silenced) == (stood.state.fences, stood.state.silenced)
+        silent = {turn_id: turn.state for turn_id, turn in stood.turns.items() if turn.silent}
+        assert silent.items() <= {turn_id: turn.state for turn_id, turn in stands.turns.items()}.items()
+        if stood.version != outcome.base:
+            assert stands.state.busy_until >= stood.state.busy_until
+        repeated = [event for ended in outcome.ended.values() for event in ended.before]
+        assert all(event in (*stands.state.untold, *repeated) for event in stood.state.untold)
 
     # What holds at any time.
 
@@ -468,9 +502,7 @@ class LaneMachine(RuleBasedStateMachine):
         for _ in range(1000):
             while self.talk.telling:
                 self.careful(self.talk.interrupted)
-            if self.talk.calling is not None:
-                self.hear(self.talk.calling)
-                self.careful(self.talk.done)
+            self.answer_well()
             self.next()
             if isinstance(work := self.talk.works[-1], Wait):
                 self.talk.now = max(self.talk.now, work.until)
@@ -502,4 +534,4 @@ def _numbers(text: str) -> list[int]:
 
 
 TestLaneMachine = LaneMachine.TestCase
-TestLaneMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestLaneMachine.settings = settings(max_examples=600, stateful_step_count=40, deadline=None)

@@ -49,9 +49,21 @@ async def test_speech_that_finds_no_queue_fails_in_order(start: Start, bus: Bus)
             assert (headers["avatar-reason"], headers["avatar-ended"]) == ("dead_lettered", "avatar.speech.failed")
             assert (headers["avatar-exchange"], headers["avatar-routing-key"]) == ("avatar.commands", "c")
             assert "no queue" in headers["avatar-error"]
+        (turn,) = bus.of("turn.failed", "c")
+        assert turn["data"] == {"conversationId": "c", "turnId": "t", "reason": "dead_lettered"}
         await station.settled()
         assert station.avatar.said == []
     await bus.drained(routes.DEAD)
+
+
+async def test_the_rest_of_its_turn_is_not_spoken(start: Start, bus: Bus) -> None:
+    async with start(dead=True) as station:
+        await bus.ended(await bus.say("c", "t", "One. ", final=False))
+        await bus.ended(await lost(bus, "c", {"turnId": "t", "text": "Two. ", "isFinal": False}))
+        event = await bus.ended(await bus.say("c", "t", "Three."))
+        assert event["data"]["reason"] == "turn_failed"
+        await station.settled()
+        assert "Three" not in "".join(piece.text for piece in station.avatar.said)
 
 
 async def test_what_expired_in_its_queue_says_so(start: Start, bus: Bus) -> None:

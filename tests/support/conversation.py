@@ -16,6 +16,7 @@ from worker.core.book import Book
 from worker.core.lane import Lane
 from worker.core.memory import Changes, Ended, Memory, Turn
 from worker.core.model import CallKind, CallResult, Entry, ReplyTo, Session, Viewer
+from worker.core.outcome import merged
 from worker.core.verdict import Conclusion
 from worker.core.work import Attach, Call, CallInterrupt, Open, Rules, Say, Wait, Work
 from worker.stores import ledger
@@ -93,9 +94,11 @@ class Written:
 
     def write(self, changes: Changes, *, outcome: bool = False) -> bool:
         """Write what nobody else has overtaken, see `ports.Ledger.record`."""
+        memory = self.recall()
         if outcome:
-            attempt = self.recall().state.attempt
-            mine = attempt is not None and self.recall().state.number == changes.state.number
+            mine = memory.state.attempt is not None and memory.state.number == changes.state.number
+            mine = mine and not changes.ended.keys() & self.ended.keys()
+            changes = changes if changes.base == self.version else merged(changes, memory.state, memory.turns)
         else:
             mine = changes.base == self.version
         if not mine:

@@ -34,7 +34,7 @@ class Interrupts:
 
     def __init__(self, book: Book, speech: Speech, rules: Rules) -> None:
         attempt = book.memory.state.attempt
-        self.tell_again = attempt is not None and book.memory.is_silent(attempt.turn_id)
+        self.tell_again = attempt is not None and book.memory.is_interrupted(attempt.turn_id)
         self._book = book
         self._memory = book.memory
         self._speech = speech

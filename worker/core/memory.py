@@ -20,6 +20,9 @@ NUMBERED_TURNS = 32
 """Of so many turns, the latest, a conversation remembers the numbers of their chunks."""
 NUMBER_RANGES = 32
 
+Numbers = Mapping[str, tuple[tuple[int, int], ...]]
+"""By turn, in ranges from first to last."""
+
 
 class TurnState(StrEnum):
     """Only an interrupt, a failure or expiry silences a turn; a final merely closes it."""
@@ -101,7 +104,7 @@ class State:
     since. `silenced`: what interrupts that have not ended have done, by entry key: turns, and the chunks each has lost.
     `doubtful`: chunks, by entry key, that were perhaps said in an attempt that could not be repeated as it was.
     `fences`: the interrupts whose express copy has acted and whose ordered copy is still to come, and since when.
-    `numbers`: of the chunks that have ended, by turn, in ranges from first to last.
+    `numbers`: of the chunks that have ended.
     `partition`: where the conversation's commands came from last.
     `untold`: events with which no command has ended; nobody can tell whether they were told before a worker died.
     """
@@ -116,7 +119,7 @@ class State:
     silenced: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     doubtful: frozenset[str] = frozenset()
     fences: Mapping[str, float] = field(default_factory=dict)
-    numbers: Mapping[str, tuple[tuple[int, int], ...]] = field(default_factory=dict)
+    numbers: Numbers = field(default_factory=dict)
     partition: int | None = None
     untold: tuple[Event, ...] = ()
 
@@ -126,13 +129,27 @@ class Changes:
     """What is to be written of a conversation: its state, the turns that changed, the commands that ended.
 
     `base`: the version of what this was decided on, "" if there was nothing; `version`: of what it makes of that.
+    `before`: the state that this changes, as far as whoever changes it knows.
     """
 
     base: str
     version: str
+    before: State
     state: State
     turns: Mapping[str, Turn]
     ended: Mapping[str, Ended]
+
+
+def with_numbers(numbers: Numbers, turn_id: str, ranges: Iterable[tuple[int, int]]) -> Numbers:
+    """With these of one turn, which is the latest; what is more than may be remembered is forgotten."""
+    merged: list[tuple[int, int]] = []
+    for first, last in sorted([*numbers.get(turn_id, ()), *ranges]):
+        if merged and first <= merged[-1][1] + 1:
+            merged[-1] = (merged[-1][0], max(last, merged[-1][1]))
+        else:
+            merged.append((first, last))
+    others = [item for item in numbers.items() if item[0] != turn_id]
+    return dict([*others[-NUMBERED_TURNS + 1 :], (turn_id, tuple(merged[-NUMBER_RANGES:]))])
 
 
 class Memory:
@@ -187,6 +204,11 @@ class Memory:
         """Whether chunks of that turn are not spoken."""
         turn = self.turns.get(turn_id)
         return turn is not None and turn.silent
+
+    def is_interrupted(self, turn_id: str) -> bool:
+        """Whether that is because of an interrupt: then what was said of it is not to be heard either."""
+        turn = self.turns.get(turn_id)
+        return turn is not None and turn.state is TurnState.INTERRUPTED
 
     def open_turns(self) -> Iterator[str]:
         """Turns that were begun and neither closed nor silenced."""
@@ -266,16 +288,8 @@ class Memory:
 
     def note_number(self, turn_id: str, seq: int) -> None:
         """A chunk with that number has ended."""
-        if self.has_number(turn_id, seq):
-            return
-        merged: list[tuple[int, int]] = []
-        for first, last in sorted([*self.state.numbers.get(turn_id, ()), (seq, seq)]):
-            if merged and first <= merged[-1][1] + 1:
-                merged[-1] = (merged[-1][0], last)
-            else:
-                merged.append((first, last))
-        others = [item for item in self.state.numbers.items() if item[0] != turn_id]
-        self.update(numbers=dict([*others[-NUMBERED_TURNS + 1 :], (turn_id, tuple(merged[-NUMBER_RANGES:]))]))
+        if not self.has_number(turn_id, seq):
+            self.update(numbers=with_numbers(self.state.numbers, turn_id, [(seq, seq)]))
 
     def note_silenced(self, key: str, turns: Mapping[str, int]) -> None:
         """The interrupt has acted."""
@@ -299,6 +313,6 @@ class Memory:
             return None
         turns = {turn_id: replace(self.turns[turn_id]) for turn_id in self._touched}
         base, self.version = self.version, next(self._versions)
-        changes = Changes(base, self.version, self.state, turns, self._new)
+        changes = Changes(base, self.version, self._written, self.state, turns, self._new)
         self._touched, self._new, self._written = set(), {}, self.state
         return changes

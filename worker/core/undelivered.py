@@ -2,7 +2,7 @@
 
 A copy is parked in any case, as `dead_lettered`, and what it was tells how it ends:
 
-    speak                         speech.failed, dead_lettered
+    speak                         speech.failed, dead_lettered, and its turn with it, as with any chunk that fails
     session.start, .attach        session.failed, unavailable; whoever asked is answered
     interrupt, session.end        command.rejected, invalid_field: these two have no event for having failed, and those
                                   they have would say that something stopped or ended
@@ -25,8 +25,8 @@ from schemas.commands import (
 )
 from schemas.events import SessionFailure, SpeechFailure
 from worker.core import verdict
-from worker.core.memory import Ended
-from worker.core.model import CallKind, CallResult, Entry, Misfit
+from worker.core.memory import Ended, Memory, TurnState
+from worker.core.model import CallKind, CallResult, Entry, Misfit, speak_of
 from worker.core.verdict import Conclusion, Parked
 
 REASON = "dead_lettered"
@@ -48,7 +48,8 @@ def _failed(entry: Entry, why: str) -> Conclusion:
     lost = CallResult(CallKind.NOT_TAKEN, error=why)
     match entry.command:
         case Speak():
-            return verdict.failed(conversation_id, [entry], SpeechFailure.DEAD_LETTERED, why=lost)
+            failed = verdict.failed(conversation_id, [entry], SpeechFailure.DEAD_LETTERED, why=lost)
+            return replace(failed, after=(verdict.turn_failed(conversation_id, entry, SpeechFailure.DEAD_LETTERED),))
         case SessionStart() | SessionAttach():
             return verdict.session_failed(conversation_id, SessionFailure.UNAVAILABLE, lost, entry, ends=True)
         case Interrupt() | SessionEnd():
@@ -59,6 +60,31 @@ def _failed(entry: Entry, why: str) -> Conclusion:
             return replace(verdict.rejected(misfit), entries=(entry,))
         case _ as unreachable:
             assert_never(unreachable)
+
+
+def note(memory: Memory, entry: Entry, ended: Ended) -> Ended:
+    """Write into the conversation's memory how it ends; whoever serves the conversation finds its turn failed.
+
+    Returns how it is to be told: nothing goes with it where its turn was silent already.
+    """
+    if isinstance(entry.command, Speak) and not _fail_turn(memory, entry, ended.at):
+        ended = replace(ended, after=())
+    if entry.known_as is not None:
+        memory.end(entry.known_as, ended)
+    return ended
+
+
+def _fail_turn(memory: Memory, entry: Entry, now: float) -> bool:
+    """What was sent again on purpose begins a failed turn anew, once, and so fails it again."""
+    turn_id = speak_of(entry).turn_id
+    stands = memory.turns.get(turn_id)
+    anew = stands is not None and stands.state is TurnState.FAILED and entry.replay not in ("", stands.replay)
+    if memory.is_silent(turn_id) and not anew:
+        return False
+    turn = memory.turn(turn_id, now)
+    turn.state, turn.replay = TurnState.FAILED, entry.replay or turn.replay
+    memory.shape(turn_id, None)
+    return True
 
 
 def conclude_again(ended: Ended, entry: Entry, why: str) -> Conclusion:

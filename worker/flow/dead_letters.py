@@ -1,5 +1,7 @@
 """Tells how commands end that the broker gave up: once, whoever else has told already."""
 
+from dataclasses import replace
+
 from worker.core import undelivered
 from worker.core.memory import Ended
 from worker.core.model import Entry, Misfit
@@ -18,9 +20,11 @@ class DeadLetters:
     async def take(self, found: Entry | Misfit, why: str) -> None:
         """Note the end, unless it has ended; it is parked, told and acknowledged in its turn."""
         conclusion = undelivered.conclude(found, why)
-        if isinstance(found, Entry) and found.known_as is not None:
-            ended = Ended(found.fingerprint, conclusion.event, self._clock())
-            stands = await self._ledger.end(found.command.conversation_id, found.known_as, ended)
-            if (stands.fingerprint, stands.event) != (ended.fingerprint, ended.event):
+        if isinstance(found, Entry):
+            ended = Ended(found.fingerprint, conclusion.event, self._clock(), after=conclusion.after)
+            stands = await self._ledger.end(found, ended)
+            if (stands.fingerprint, stands.event) == (ended.fingerprint, ended.event):
+                conclusion = replace(conclusion, after=stands.after)
+            else:
                 conclusion = undelivered.conclude_again(stands, found, why)
         self._settler.submit([conclusion])

@@ -11,8 +11,12 @@ import sqlalchemy as sa
 import structlog
 from sqlalchemy.dialects.postgresql import insert
 
+from schemas.commands import Speak
 from schemas.events import EVENT_TYPES, Event
+from worker.core import undelivered
 from worker.core.memory import NAMED, Attempt, Changes, Ended, Memory, SentPart, State, Turn, TurnState
+from worker.core.model import Entry
+from worker.core.outcome import merged
 from worker.core.shaping import shaper
 from worker.ops import logs
 from worker.ports import Clock, Grant, HeldState
@@ -35,6 +39,7 @@ _DATA_TYPES = {name: data for data, name in EVENT_TYPES.items()}
 
 _Row = tuple[str, int | None]
 """What a write is judged by: the version of a conversation's row, and the number of its attempt without an outcome."""
+_NO_ROW: _Row = ("", None)
 
 
 @dataclass(slots=True)
@@ -86,20 +91,26 @@ class SqlLedger:
         """Granted while the row is as it was; an outcome, while its attempt has none."""
         return self._ask(_Job(conversation_id, changes, -1, None, outcome))
 
-    async def end(self, conversation_id: str, known_as: str, ended: Ended) -> Ended:
+    async def end(self, entry: Entry, ended: Ended) -> Ended:
         """The conversation's row is locked first, as for all that is written of it."""
+        conversation_id = entry.command.conversation_id
+        names = [entry.command.turn_id] if isinstance(entry.command, Speak) else []
+        known_as = [] if entry.known_as is None else [entry.known_as]
 
         def work(connection: sa.Connection) -> Ended:
             connection.execute(_noted(conversation_id, ended.at))
-            mine = conversations.c.conversation_id == conversation_id
-            connection.execute(sa.select(conversations.c.version).where(mine).with_for_update())
-            stands = _known(connection, conversation_id, [known_as]).get(known_as)
-            if stands is None:
-                for table, row in _ended_rows(conversation_id, known_as, ended):
-                    connection.execute(_STATEMENTS[table], [row])
-                # Whoever serves the conversation must look again: it knows which commands have ended.
-                connection.execute(sa.update(conversations).where(mine).values(version=f"ended {uuid.uuid4().hex}"))
-            return stands or ended
+            mine = sa.select(conversations).where(conversations.c.conversation_id == conversation_id)
+            row = connection.execute(mine.with_for_update()).one()
+            for stands in _known(connection, conversation_id, known_as).values():
+                return stands
+            known = _turns(connection, conversation_id, names)
+            # Whoever serves the conversation must look again: it knows which commands have ended, and which turns.
+            memory = Memory(_state(row.state), known, version=row.version, writer=f"ended {uuid.uuid4().hex}")
+            told = undelivered.note(memory, entry, ended)
+            changes = memory.take_changes()
+            if changes is not None:
+                _put(connection, [(conversation_id, changes)], self._clock())
+            return told
 
         return await asyncio.shield(self._database.ask(work, _PLACE, alone=True))
 
@@ -147,16 +158,54 @@ class SqlLedger:
         column = partitions.c.partition
         owned = sa.select(partitions).where(among(connection, column, numbers)).order_by(column)
         epochs = {row.partition: row.epoch for row in connection.execute(owned.with_for_update(read=True))}
-        ids = {job.conversation_id for job in jobs if job.changes}
-        rows = _lock(connection, ids)
-        fresh = ids - rows.keys()
+        rows = _lock(connection, {job.conversation_id for job in jobs if job.changes})
         ready = _ready(connection, {job.conversation_id for job in jobs if job.session_id is not None})
-        granted = [_judge(job, rows, epochs, ready) for job in jobs]
-        wanted = [job for job, grant in zip(jobs, granted, strict=True) if grant is Grant.GRANTED and job.changes]
-        now = self._clock()
-        _claim(connection, fresh & {job.conversation_id for job in wanted}, now)
-        _put(connection, rows, wanted, now)
+        gathered = _Gathered(connection, rows.keys(), self._clock())
+        granted = []
+        for job in jobs:
+            grant, changes = _judge(job, rows, epochs, ready), job.changes
+            if grant is Grant.GRANTED and changes is not None:
+                if changes.base != rows.get(job.conversation_id, _NO_ROW)[0]:
+                    changes = gathered.over(job.conversation_id, changes)
+                if changes is None:
+                    grant = Grant.OUTDATED
+                else:
+                    gathered.add(job.conversation_id, changes)
+                    rows[job.conversation_id] = (changes.version, _attempt(changes.state))
+            granted.append(grant)
+        gathered.write()
         return granted
+
+
+class _Gathered:
+    """What is to be written in a transaction: each table takes all of it at once."""
+
+    def __init__(self, connection: sa.Connection, known: Iterable[str], now: float) -> None:
+        self._connection = connection
+        self._known = set(known)
+        self._now = now
+        self._waiting: list[tuple[str, Changes]] = []
+
+    def add(self, conversation_id: str, changes: Changes) -> None:
+        """To be written behind what was added before."""
+        self._waiting.append((conversation_id, changes))
+
+    def over(self, conversation_id: str, outcome: Changes) -> Changes | None:
+        """An outcome as it changes what somebody else has written; None: what it would end has ended otherwise."""
+        self.write()
+        if _known(self._connection, conversation_id, list(outcome.ended)):
+            return None
+        mine = conversations.c.conversation_id == conversation_id
+        state = self._connection.execute(sa.select(conversations.c.state).where(mine)).scalar_one()
+        return merged(outcome, _state(state), _turns(self._connection, conversation_id, outcome.turns.keys()))
+
+    def write(self) -> None:
+        """Write what has been added."""
+        waiting, self._waiting = self._waiting, []
+        fresh = {conversation_id for conversation_id, _ in waiting} - self._known
+        _claim(self._connection, fresh, self._now)
+        self._known |= fresh
+        _put(self._connection, waiting, self._now)
 
 
 def recalled(connection: sa.Connection, conversation_id: str) -> Memory:
@@ -166,14 +215,22 @@ def recalled(connection: sa.Connection, conversation_id: str) -> Memory:
     row = connection.execute(state).one_or_none()
     if row is None:
         return Memory(writer=writer)
-    found = connection.execute(sa.select(turns).where(turns.c.conversation_id == conversation_id))
-    known = {
-        one.turn_id: Turn(TurnState(one.state), one.pieces, one.text_length, one.touched, one.replay) for one in found
-    }
     names = sa.select(commands.c.message_id).where(commands.c.conversation_id == conversation_id).limit(NAMED + 1)
     ended = connection.execute(names).scalars().all()
     elsewhere = ended if len(ended) <= NAMED else None
+    known = _turns(connection, conversation_id)
     return Memory(_state(row.state), known, elsewhere=elsewhere, version=row.version, writer=writer)
+
+
+def _turns(connection: sa.Connection, conversation_id: str, names: Collection[str] | None = None) -> dict[str, Turn]:
+    """The conversation's turns, all or some."""
+    query = sa.select(turns).where(turns.c.conversation_id == conversation_id)
+    if names is not None:
+        query = query.where(among(connection, turns.c.turn_id, names))
+    return {
+        one.turn_id: Turn(TurnState(one.state), one.pieces, one.text_length, one.touched, one.replay)
+        for one in connection.execute(query)
+    }
 
 
 def _lock(connection: sa.Connection, conversation_ids: Collection[str]) -> dict[str, _Row]:
@@ -205,36 +262,31 @@ def _ready(connection: sa.Connection, conversation_ids: Collection[str]) -> dict
     return {row.conversation_id: row.session_id for row in connection.execute(query)} if conversation_ids else {}
 
 
-def _judge(job: _Job, rows: dict[str, _Row], epochs: Mapping[int, int], ready: Mapping[str, str]) -> Grant:
-    """Whether the job may be written after those before it, whose effect on `rows` is noted."""
+def _judge(job: _Job, rows: Mapping[str, _Row], epochs: Mapping[int, int], ready: Mapping[str, str]) -> Grant:
+    """Whether the job may be written where these rows stand."""
     if job.epoch is not None and epochs.get(job.partition) != job.epoch:
         return Grant.REFUSED
     if job.session_id is not None and ready.get(job.conversation_id) != job.session_id:
         return Grant.OUTDATED
     if job.changes is None:
         return Grant.GRANTED
-    version, attempt = rows.get(job.conversation_id, ("", None))
-    state = job.changes.state
-    mine = state.number == attempt if job.outcome else job.changes.base == version
-    if not mine:
-        return Grant.OUTDATED
-    # Where an outcome is written over what somebody else wrote, nothing can go on from it.
-    written = job.changes.version if job.changes.base == version else f"over {job.changes.version}"
-    rows[job.conversation_id] = (written, state.number if state.attempt else None)
-    return Grant.GRANTED
+    version, attempt = rows.get(job.conversation_id, _NO_ROW)
+    mine = job.changes.state.number == attempt if job.outcome else job.changes.base == version
+    return Grant.GRANTED if mine else Grant.OUTDATED
 
 
-def _put(connection: sa.Connection, written: Mapping[str, _Row], jobs: Iterable[_Job], now: float) -> None:
+def _attempt(state: State) -> int | None:
+    return state.number if state.attempt else None
+
+
+def _put(connection: sa.Connection, written: Iterable[tuple[str, Changes]], now: float) -> None:
     rows: dict[sa.Table, list[Mapping[str, Any]]] = {conversations: [], turns: [], endings: [], commands: []}
-    for job in jobs:
-        changes, conversation_id = job.changes, job.conversation_id
-        assert changes is not None
-        version, attempt = written[conversation_id]
+    for conversation_id, changes in written:
         rows[conversations].append(
             {
                 "conversation_id": conversation_id,
-                "version": version,
-                "attempt": attempt,
+                "version": changes.version,
+                "attempt": _attempt(changes.state),
                 "state": _state_text(changes.state),
                 "touched": now,
             }
