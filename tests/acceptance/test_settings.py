@@ -141,6 +141,7 @@ async def test_an_empty_ks_file_is_named(trap: str, tmp_path: Path) -> None:
         ("parked", "drop", "--yes", "--age", "soon"),
         ("parked", "drop", "--yes", "--reason", "refussed"),
         ("fly",),
+        ("simulator", "--port", "70000"),
         (),
     ],
 )
@@ -149,6 +150,7 @@ async def test_a_wrong_command_shows_the_usage(tmp_path: Path, arguments: tuple[
         found = await finished(process)
     assert found.code == 2
     assert "usage:" in found.err
+    assert "invalid _" not in found.err, "a rule is named, not a function"
 
 
 @pytest.mark.parametrize("arguments", [("parked", "list"), ("topology",)])
