@@ -226,7 +226,7 @@ def test_a_restart_after_a_stall_goes_on_as_if_there_was_none(spoken: str, rest:
 )
 def test_nothing_grows_without_bound(evil: str) -> None:
     shaper = Shaper(Shaping())
-    for _ in range(6000 // len(evil)):
+    for _ in range(3600 // len(evil)):
         shaper.push(evil)
         assert shaper.waiting <= 1200
         assert len(shaper._cleaner._raw) <= 2400
