@@ -61,7 +61,7 @@ async def main(sessions: int, seconds: float, latency_ms: float) -> int:
     return verdict(
         p99_below_a_second=p99 < 1,
         none_timed_out=not gone,
-        all_kept_alive=len(late) >= sessions * (seconds // KEEP_ALIVE_S),
+        all_kept_alive=len(late) >= sessions * (seconds // (KEEP_ALIVE_S + 1)),
     )
 
 

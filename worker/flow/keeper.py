@@ -126,8 +126,8 @@ class Keeper:
             if now >= session.expires_at - EXPIRY_MARGIN_S:
                 return self._end(conversation_id, lease, EndReason.REPLACED)
             return self._renew(conversation_id)
-        # Spread, so that sessions opened together are not kept alive together for ever.
-        wait_s = self._keep_alive_s * random.uniform(0.9, 1.0)  # noqa: S311 - it spreads, and guards nothing
+        # Spread, so that sessions opened together are not kept alive together for ever; the look may come a tick late.
+        wait_s = self._keep_alive_s * random.uniform(0.9, 0.95)  # noqa: S311 - it spreads, and guards nothing
         if now >= lease.not_before and now - lease.last_success >= wait_s:
             return self._keep_alive(conversation_id, lease)
         return None
