@@ -1,5 +1,6 @@
 """What the flow needs from the world, as Protocols. Each docstring is the contract that its adapters are tested by."""
 
+import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -278,8 +279,8 @@ class BacklogStore(Protocol):
     def keep(self, conversation_id: str, commands: Sequence[Kept], partition: int, epoch: int) -> Awaitable[Grant]:
         """Keep commands behind those kept before, if the partition is still owned: all of them or none."""
 
-    def let_go(self, key: str) -> None:
-        """A command that was kept is settled."""
+    def let_go(self, key: str) -> asyncio.Future[None]:
+        """A command that was kept is settled: it is removed, soon, also if nobody waits for that."""
 
     async def kept(self, conversation_id: str, partition: int) -> list[Kept]:
         """The commands that are kept of the conversation and came from that partition, in order."""

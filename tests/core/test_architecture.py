@@ -148,6 +148,21 @@ def test_the_core_is_pure(module: str) -> None:
     }
 
 
+@pytest.mark.parametrize("module", [module for module in MODULES if belongs_to(module, {"worker.amqp"})])
+def test_nothing_is_handed_back_to_the_broker(module: str) -> None:
+    """No requeue, which loses the order, or the partition for good; nothing is left by cancelling its consumer."""
+    calls = [node.func for node in ast.walk(MODULES[module]) if isinstance(node, ast.Call)]
+    assert not {func.attr for func in calls if isinstance(func, ast.Attribute)} & {
+        "nack",
+        "process",
+        "recover",
+        "basic_nack",
+        "basic_reject",
+        "basic_recover",
+        "basic_cancel",
+    }
+
+
 def test_no_module_has_a_vague_name() -> None:
     assert not [module for module in MODULES if VAGUE & set(module.split("."))]
 

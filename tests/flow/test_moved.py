@@ -183,3 +183,21 @@ async def test_what_is_held_is_forgotten_with_its_tenure_and_comes_again(flow: F
     for one in again:
         flow.deliver(one)
     await flow.said("a", "b")
+
+
+async def test_a_summons_for_what_has_ended_meanwhile_moves_nothing(flow: Flow) -> None:
+    """The store is asked now and then what it keeps, and what has ended may not be out of it yet."""
+    old, new = partition(flow, 0), partition(flow, 1)
+    old.speak("a")
+    await flow.all_settled()
+    new.speak("b")
+    await new.marked((0, 1))
+    old.pass_on(1)
+    await flow.said("a", "b")
+    await flow.all_settled()
+    flow.lose()
+    await until(lambda: not flow.lanes.is_served("c1"))
+    flow.lanes._start("c1").summon(old.tenure)
+    await flow.quiet()
+    await new.marked((0, 1))
+    assert await home(flow) == 1

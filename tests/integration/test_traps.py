@@ -10,12 +10,13 @@ from contextlib import AsyncExitStack
 import aio_pika
 import pytest
 from aio_pika.abc import AbstractChannel, AbstractConnection, AbstractIncomingMessage
+from aio_pika.exceptions import PublishError
 from aiormq.exceptions import ChannelLockedResource
 
 from schemas.routes import partition_queue
 from tests.integration.conftest import agreed
 from tests.support.alarm import alarm
-from tests.support.bus import Bus, connected
+from tests.support.bus import Bus, connected, properties
 from worker.amqp import topology
 from worker.local.broker import OwnedBroker
 
@@ -110,6 +111,28 @@ async def test_cancelling_lets_the_standby_start_while_work_still_runs(
     assert tag is not None
     await queue.cancel(tag)
     assert await second.holds(5) == ["5", "6", "7", "8", "9"]
+
+
+async def test_a_priority_overtakes_from_rabbitmq_4_on(bus: Bus, connection: AbstractConnection) -> None:
+    """Why producers set none."""
+    bodies = await fill(bus, 5)
+    await bus.publish(b"urgent", "c", properties=properties(priority=9))
+    held = await (await Owner.of(connection, prefetch=10)).holds(6)
+    if topology.moves_partitions(connection):
+        assert held.index("urgent") < 5
+        held.remove("urgent")
+    else:
+        assert held.pop() == "urgent"
+    assert held == bodies
+
+
+async def test_what_no_queue_takes_is_confirmed_unless_the_channel_raises(connection: AbstractConnection) -> None:
+    message = aio_pika.Message(b"lost")
+    async with connection.channel() as channel:
+        await channel.default_exchange.publish(message, "no queue of that name", mandatory=True)
+    async with connection.channel(on_return_raises=True) as channel:
+        with pytest.raises(PublishError):
+            await channel.default_exchange.publish(message, "no queue of that name", mandatory=True)
 
 
 async def test_a_partition_cannot_be_looked_into(bus: Bus, connection: AbstractConnection) -> None:

@@ -48,11 +48,20 @@ class Backlog:
     async def take(self, conversation_id: str, tenure: Tenure) -> list[Entry | Misfit]:
         """What is kept of the conversation from that partition, in order, but for what is in hand under the tenure."""
         taken = []
-        for one in await self._store.kept(conversation_id, tenure.partition):
-            if self._in_hand.get(one.key) is not tenure:
-                self._in_hand[one.key] = tenure
-                taken.append(tenure.unpack(one.entry_key, one.packed, partial(self._let_go, one.key)))
+        for one in await self._waiting(conversation_id, tenure):
+            self._in_hand[one.key] = tenure
+            taken.append(tenure.unpack(one.entry_key, one.packed, partial(self._let_go, one.key)))
         return taken
+
+    async def waits(self, conversation_id: str, tenure: Tenure) -> bool:
+        """Whether there is anything to take."""
+        return bool(await self._waiting(conversation_id, tenure))
+
+    async def _waiting(self, conversation_id: str, tenure: Tenure) -> list[Kept]:
+        # What is removed while the store is asked was in hand before, and may be among what it answers.
+        before = {key for key, owner in self._in_hand.items() if owner is tenure}
+        kept = await self._store.kept(conversation_id, tenure.partition)
+        return [one for one in kept if one.key not in before and self._in_hand.get(one.key) is not tenure]
 
     async def conversations(self) -> dict[int, list[str]]:
         """Of which conversations something is kept, by partition."""
@@ -71,8 +80,7 @@ class Backlog:
         self._in_hand = {key: owner for key, owner in self._in_hand.items() if owner is not tenure}
 
     def _let_go(self, key: str) -> None:
-        self._in_hand.pop(key, None)
-        self._store.let_go(key)
+        self._store.let_go(key).add_done_callback(lambda _: self._in_hand.pop(key, None))
 
 
 class Holding:

@@ -338,9 +338,12 @@ class Runner:
             return
         memory = await self._ledger.recall(self.conversation_id)
         if memory.state.partition not in (None, tenure.partition, self._gone):
+            # What has ended may not be out of the store yet; a marker for its sake would move the conversation back.
+            waits = await self._backlog.waits(self.conversation_id, tenure)
             if self._tenure is tenure:
                 self._tenure = None
-                self._hold(tenure)
+                if waits or any(tenure_of(one) is tenure for one in self._arrived):
+                    self._hold(tenure)
             return
         self._gone = None
         session, lost = await self._desk.recall(self.conversation_id)

@@ -1,5 +1,6 @@
 """The durable inbox in SQL."""
 
+import asyncio
 from collections.abc import Awaitable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -32,9 +33,9 @@ class SqlBacklog:
         """Granted while that epoch is the partition's newest."""
         return self._database.ask_together(_insert, _Move(conversation_id, commands, partition, epoch), _KEPT)
 
-    def let_go(self, key: str) -> None:
+    def let_go(self, key: str) -> asyncio.Future[None]:
         """See `ports.BacklogStore`, here and below."""
-        self._database.ask_together(_delete, key, _SETTLED)
+        return self._database.ask_together(_delete, key, _SETTLED)
 
     async def kept(self, conversation_id: str, partition: int) -> list[Kept]:
         """In order of `position`."""
