@@ -62,7 +62,7 @@ async def test_all_is_well(command: Command, simulator: Simulator) -> None:
         ("broker", "check user and password", {"AMQP_URL": "wrong password"}),
         ("broker", "refuses the virtual host", {"AMQP_URL": "wrong virtual host"}),
         ("agreement", "set PARTITIONS=1", {"PARTITIONS": "2"}),
-        ("agreement", "set PREFETCH=2000", {"PREFETCH": "20"}),
+        ("agreement", "set PREFETCH=4000", {"PREFETCH": "20"}),
         ("agreement", "STORE_URL", {"STORE_URL": "sqlite:///another.db"}),
         ("Avatar API", "check AVATAR_BASE_URL", {"AVATAR_BASE_URL": "http://127.0.0.1:1/"}),
         ("Avatar API", "404: check AVATAR_BASE_URL and AVATAR_CREATE_PATH", {"AVATAR_CREATE_PATH": "/creation"}),
@@ -159,7 +159,7 @@ async def test_partitions_are_changed_and_said(
     await worker.killed()
     done = await command("topology", "repartition", "3", PARTITIONS="2")
     assert done.code == 0
-    assert "Set PARTITIONS=3 and PREFETCH=2000" in done.out
+    assert "Set PARTITIONS=3 and PREFETCH=4000" in done.out
     assert await bus.depth(partition_queue(2)) == 0
     assert (await command("topology", PARTITIONS="3")).code == 0
     refused = await command("topology", PARTITIONS="2")
