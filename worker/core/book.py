@@ -85,9 +85,9 @@ class Book:
                 pass
             elif isinstance(entry.command, Speak) and entry.command.turn_id == turn_id:
                 run.chunks.append(entry)
-                run.seen.add(entry.key)
             else:
                 run.followed = True
+            run.seen.add(entry.key)
             run.looked += 1
         return run.chunks, run.followed
 
