@@ -47,15 +47,22 @@ class Speech:
 
     def plan(self, now: float) -> Piece | Wait | None:
         """The piece to say now; None when the head of the book has ended instead."""
-        if self.piece is not None:
-            if not self.outdated(now):
-                return self.piece
-            self.drop()
-        if self.turns.end_unspeakable(now):
-            return None
-        if self._memory.state.attempt is not None:
-            return self._resume(self._memory.state.attempt, now)
-        return self._cut(now)
+        if self.piece is None:
+            if self.turns.end_unspeakable(now):
+                return None
+            if self._memory.state.attempt is None:
+                return self._cut(now)
+            resumed = self._resume(self._memory.state.attempt, now)
+            if self.piece is None:
+                return resumed
+        piece = self.piece
+        if not self.outdated(now):
+            return piece
+        self.drop()
+        # Its oldest chunk need not be the first: clocks differ. What was perhaps said must not be cut anew.
+        ended = self.turns.end_unspeakable(now, piece.born)
+        assert ended, "it is silent or too old"
+        return None
 
     def plan_closing(self, now: float, *, has_session: bool) -> Piece | None:
         """Close the turns that have been silent for long, or say what closes one: a piece without chunks."""
