@@ -17,7 +17,7 @@ HOLD_S = 1.0
 """How long a command may wait for its turn before it is kept."""
 TICK_S = 0.25
 LOOK_S = 1.0
-"""How often the store is asked whether it keeps commands of conversations that nobody serves."""
+"""How often the store is asked whether conversations that nobody serves have something to do."""
 
 
 class Backlog:
@@ -54,12 +54,9 @@ class Backlog:
                 taken.append(tenure.unpack(one.entry_key, one.packed, partial(self._let_go, one.key)))
         return taken
 
-    async def conversations(self) -> dict[int, list[str]]:
-        """Of which conversations something is kept, by partition."""
-        found: dict[int, list[str]] = {}
-        for number, conversation_id in await self._store.conversations():
-            found.setdefault(number, []).append(conversation_id)
-        return found
+    async def conversations(self) -> list[tuple[int, str]]:
+        """Of which conversations something is kept, with their partitions."""
+        return await self._store.conversations()
 
     def forget(self, tenure: Tenure) -> None:
         """The tenure has ended: what was in hand under it is for whoever owns the partition next."""
