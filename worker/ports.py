@@ -238,6 +238,12 @@ class Ledger(Protocol):
     async def partition_of(self, conversation_id: str) -> int | None:
         """Where the conversation's commands came from last."""
 
+    async def unclosed(self, before: float) -> list[tuple[int, str]]:
+        """The conversations with an open turn that was last touched before that time, in epoch seconds.
+
+        With the partition they come from, where it is known.
+        """
+
     async def known(self, conversation_id: str, message_ids: Sequence[str]) -> dict[str, Ended]:
         """Which of these commands have ended, and how."""
 

@@ -175,6 +175,50 @@ class TestRecall:
         assert (again.state, again.turns, again.version) == (memory.state, memory.turns, memory.version)
 
 
+class TestUnclosed:
+    async def test_old_turns_that_are_open_with_where_they_come_from(self, ledger: Ledger, other: Ledger) -> None:
+        old, young = Turn(touched=10.0), Turn(touched=20.0)
+        closed = Turn(TurnState.CLOSED, touched=10.0)
+        for conversation_id, partition, left in (
+            ("old", 3, {"t1": old, "t2": old, "t3": young}),
+            ("young", 3, {"t1": young}),
+            ("closed", 3, {"t1": closed}),
+            ("nowhere", None, {"t1": old}),
+        ):
+            written = changes(0, State(partition=partition), left)
+            assert await ledger.record(conversation_id, written, outcome=False) is Grant.GRANTED
+        assert await other.unclosed(10.0) == []
+        assert await other.unclosed(15.0) == [(3, "old")]
+        assert sorted(await other.unclosed(30.0)) == [(3, "old"), (3, "young")]
+        await ledger.record("old", changes(1, State(partition=5), {"t1": closed}), outcome=False)
+        assert await other.unclosed(15.0) == [(5, "old")]
+        await ledger.record("old", changes(2, State(partition=5), {"t2": closed}), outcome=False)
+        assert await other.unclosed(15.0) == []
+
+    async def test_no_other_turn_is_looked_at(self, open_: Open, request: pytest.FixtureRequest) -> None:
+        """It is asked every second, by every worker."""
+        database, asked = (await open_())._database, []
+
+        def note(_c: Any, _cursor: Any, statement: str, parameters: Any, *_: Any) -> None:
+            if "turns.touched <" in statement:
+                asked.append((statement, parameters))
+
+        request.addfinalizer(lambda: sa.event.remove(sa.Engine, "after_cursor_execute", note))
+        sa.event.listen(sa.Engine, "after_cursor_execute", note)
+        await SqlLedger(database, FakeClock()).unclosed(15.0)
+        ((statement, parameters),) = asked
+
+        def plan(connection: sa.Connection) -> str:
+            if connection.dialect.name == "sqlite":
+                rows = connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", parameters)
+            else:
+                connection.exec_driver_sql("SET LOCAL enable_seqscan = off")
+                rows = connection.exec_driver_sql(f"EXPLAIN {statement}", parameters)
+            return "\n".join(str(row) for row in rows)
+
+        assert "ix_turns_open" in await database.read(plan)
+
+
 class TestKnown:
     async def test_how_a_command_ended_with_what_went_with_it(self, ledger: Ledger, other: Ledger) -> None:
         before = Event("c1", TurnStarted(turn_id="t1"), "m1", "00-trace-01")

@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from tests.contract.test_ledger import STATE, changes, contents
+from tests.contract.test_ledger import STATE, changes, contents, taken
 from tests.contract.test_session_store import FULL, held
 from tests.support.fakes import FakeClock
+from worker.core.memory import State, Turn
 from worker.errors import ConfigurationError
 from worker.ports import Grant
 from worker.stores import database as module
@@ -59,6 +60,29 @@ async def test_a_store_of_version_1_is_brought_up_to_date(shared_url: str) -> No
     ledger = SqlLedger(database, FakeClock(1000.0))
     assert await ledger.record("c1", changes(0, STATE), outcome=False) is Grant.GRANTED
     assert contents(await ledger.recall("c1")) == (STATE, {}, 1)
+    await database.close()
+
+
+async def test_open_turns_can_be_asked_for_in_a_store_of_version_3(shared_url: str) -> None:
+    database = await Database.open(shared_url)
+    left = changes(0, State(partition=3), {"t1": Turn(touched=10.0)})
+    await SqlLedger(database, FakeClock()).record("c1", left, outcome=False)
+    await database.close()
+    await execute(
+        shared_url,
+        "UPDATE facts SET value = '3' WHERE name = 'schema_version'",
+        "DROP INDEX ix_turns_open",
+        "ALTER TABLE conversations DROP COLUMN partition",
+    )
+    database = await Database.open(shared_url)
+    ledger = SqlLedger(database, FakeClock())
+    assert await ledger.unclosed(15.0) == [], "not before something is written of it"
+    heir = await ledger.recall("c1")
+    heir.update(busy_until=1.0)
+    assert await ledger.record("c1", taken(heir), outcome=False) is Grant.GRANTED
+    assert await ledger.unclosed(15.0) == [(3, "c1")]
+    names = await database.read(lambda one: {index["name"] for index in sa.inspect(one).get_indexes("turns")})
+    assert "ix_turns_open" in names
     await database.close()
 
 

@@ -255,6 +255,19 @@ class TestOrder:
         assert talk.of("interrupt.done")[0]["latencyMs"] == 500
 
 
+def test_a_chunk_under_the_id_of_an_interrupt_that_is_being_told_waits_and_is_rejected() -> None:
+    said, stop, reused = speak("t1", "a"), interrupt("t1", message_id="i"), speak("t1", "b", message_id="i")
+    talk = Conversation().offer(said)
+    talk.say()
+    talk.offer(stop, reused).done(NOT_TAKEN)
+    talk.next()
+    assert talk.ends(said) == ["speech.discarded interrupted"]
+    assert talk.ends(reused) == []
+    talk.settle()
+    assert talk.ends(stop) == ["interrupt.done"]
+    assert talk.ends(reused) == ["command.rejected message_id_reused"]
+
+
 class TestDeliveredAgain:
     def test_an_interrupt_that_ended_does_not_act_on_what_came_after_it(self) -> None:
         talk = Conversation().offer(speak("t1", "a", message_id="m1"), interrupt(message_id="i")).settle()

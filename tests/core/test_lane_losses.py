@@ -6,7 +6,18 @@ from typing import Any
 import pytest
 
 from schemas.events import EndReason
-from tests.support.conversation import GONE, RULES, Conversation, entry, interrupt, speak
+from tests.support.conversation import (
+    DENIED,
+    GONE,
+    OK,
+    REFUSED,
+    RULES,
+    UNKNOWN,
+    Conversation,
+    entry,
+    interrupt,
+    speak,
+)
 from worker.core.model import CallKind, CallResult, Entry, ReplyTo, Session
 from worker.core.session_plan import MAX_LOSSES
 from worker.core.work import Close, InitClient, Open, Say, Wait
@@ -167,6 +178,27 @@ class TestRenewal:
         assert talk.next() is None
         talk.offer(speak("t1", "a", final=True)).settle()
         assert talk.calls[-2] == Open("bob", "v2", 1.2)
+
+    @pytest.mark.parametrize("outcome", [OK, FULL, DENIED, REFUSED, UNKNOWN])
+    @pytest.mark.parametrize("then", ["speech", "start", "interrupt", "end"])
+    def test_what_comes_while_it_is_made_again_has_not_asked_for_it(self, outcome: CallResult, then: str) -> None:
+        one = {
+            "speech": speak("t1", "a", final=True),
+            "start": start(),
+            "interrupt": interrupt(),
+            "end": entry(type="session.end"),
+        }[then]
+        talk = Conversation(session=None)
+        talk.lane.begin(self.session(talk))
+        talk.next()
+        talk.done()
+        assert isinstance(talk.next(), Open)
+        talk.offer(one).done(outcome)
+        assert [data["sessionId"] for data in talk.of("session.ready")] == (["opened1"] if outcome is OK else [])
+        assert "session.failed" not in talk.types
+        talk.settle()
+        ends = {"speech": "speech.accepted", "start": "session.ready", "interrupt": "interrupt.done"}
+        assert talk.ends(one) == [ends.get(then, "session.ended requested")]
 
 
 class TestCapacity:

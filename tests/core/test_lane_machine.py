@@ -418,8 +418,8 @@ class LaneMachine(RuleBasedStateMachine):
         assert silent.items() <= {turn_id: turn.state for turn_id, turn in stands.turns.items()}.items()
         if stood.version != outcome.base:
             assert stands.state.busy_until >= stood.state.busy_until
-        repeated = [event for ended in outcome.ended.values() for event in ended.before]
-        assert all(event in (*stands.state.untold, *repeated) for event in stood.state.untold)
+        known = (*stands.state.untold, *outcome.before.untold)
+        assert all(event in known for event in stood.state.untold)
 
     # What holds at any time.
 

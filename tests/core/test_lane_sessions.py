@@ -262,6 +262,17 @@ class TestAttach:
         talk = Conversation().offer(attach("s1")).settle()
         assert [type(call) for call in talk.calls] == [Attach]
 
+    @pytest.mark.parametrize("outcome", [NOT_TAKEN, UNKNOWN])
+    def test_one_that_was_not_taken_over_is_not_ready(self, outcome: CallResult) -> None:
+        one = attach()
+        talk = Conversation(session=None).offer(one)
+        assert isinstance(talk.next(), Attach)
+        talk.done(outcome)
+        assert (talk.ends(one), talk.lane.session) == ([], None)
+        talk.settle()
+        assert [type(call) for call in talk.calls] == [Attach, Attach]
+        assert talk.ends(one) == ["session.ready"]
+
 
 class TestEnd:
     def test_what_was_queued_before_is_handed_over_and_heard(self) -> None:

@@ -24,6 +24,7 @@ from worker.core.memory import NUMBERED_TURNS, TurnState
 from worker.core.model import CallResult, Entry
 from worker.core.pressure import Pressure
 from worker.core.sequence import Disorder
+from worker.core.speech import RESUME_WAIT_S
 from worker.core.work import Rules, Say
 
 REAL = replace(RULES, stall_first_s=0.5, stall_s=1.0, auto_final_s=30)
@@ -274,6 +275,23 @@ class TestClosing:
         talk.now += 100
         talk.offer(speak("t2", "New.", final=True)).settle_calls()
         assert talk.of("turn.completed")[0] | {"autoFinal": True} == talk.of("turn.completed")[0]
+
+    @pytest.mark.parametrize("comes", [True, False])
+    def test_not_before_what_it_was_saying_has_come_again_or_stays_away(self, comes: bool) -> None:
+        chunk = speak("t1", "Well, then. ", message_id="m1")
+        talk = Conversation(REAL).offer(chunk)
+        talk.now += talk.waits()
+        talk.say()
+        talk.forget()
+        talk.now += 100
+        assert talk.waits() == RESUME_WAIT_S
+        assert "turn.completed" not in talk.types
+        if comes:
+            talk.offer(chunk)
+        talk.settle()
+        assert [data["pieces"] for data in talk.of("turn.completed")] == [int(comes)]
+        assert [data.get("possibleDuplicate") for data in talk.of("speech.accepted")] == [True] * comes
+        assert talk.memory.state.attempt is None
 
     def test_zero_is_never(self) -> None:
         assert talk_of("Well, then. ", rules=replace(REAL, auto_final_s=0)).settle().now == NOW + 0.5

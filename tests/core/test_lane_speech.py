@@ -255,6 +255,20 @@ class TestExpiry:
         assert talk.next() is None
         assert talk.ends(chunk) == ["speech.discarded expired"]
 
+    @pytest.mark.parametrize("died", [False, True])
+    def test_a_piece_that_was_perhaps_said_expires_whole_though_its_first_chunk_is_younger(self, died: bool) -> None:
+        chunks = [speak("t1", "a", message_id="m1"), speak("t1", "b", message_id="m2", born=NOW - 10, final=True)]
+        talk = Conversation().offer(*chunks)
+        assert talk.say().piece.text == "ab"
+        if died:
+            talk.forget().offer(*chunks)
+        else:
+            talk.done(UNKNOWN)
+        talk.now += 115
+        talk.settle()
+        assert len(talk.said) == 1
+        assert [talk.ends(chunk) for chunk in chunks] == [["speech.discarded expired"]] * 2
+
     def test_a_call_in_flight_may_end_well_however_late(self) -> None:
         talk = Conversation().offer(speak("t1", "a"))
         talk.say()

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from schemas.commands import FieldError, Malformed, RejectReason
-from tests.flow.conftest import Flow
+from tests.flow.conftest import Fleet, Flow
+from tests.support.conversation import RULES, wire
 from tests.support.fakes import FakeDelivery, until
 from worker.core.lane import Lane
 from worker.core.model import Misfit, ReplyTo
@@ -142,6 +143,70 @@ async def test_what_it_brought_comes_again_and_what_had_ended_is_told_again(flow
     assert flow.api.said == ["a", "b"]
     assert flow.flags() == [("a", None), ("a", None), ("b", None)]
     assert len({event.id("s") for event in flow.told("speech.accepted")}) == 2
+
+
+class TestLeftOpen:
+    """A turn whose worker died before it closed, and of whose conversation nothing more is delivered."""
+
+    RULES = replace(RULES, auto_final_s=30)
+
+    @pytest.fixture
+    async def heir(self, fleet: Fleet) -> Flow:
+        """The next owner of the partition, once it is one."""
+        dead, heir = fleet.join("w1", self.RULES), fleet.join("w2", self.RULES)
+        dead.speak("a")
+        await dead.all_settled()
+        await dead.lanes.abandon()
+        return heir
+
+    async def look(self, heir: Flow) -> list[int]:
+        """What is done once a second; returns whose owner was looked for."""
+        knocked: list[int] = []
+
+        async def knock(partition: int) -> None:
+            knocked.append(partition)
+
+        await heir.lanes._summon(knock)
+        return knocked
+
+    async def test_it_is_closed_in_its_time(self, heir: Flow) -> None:
+        heir.lanes.tenure_of = {heir.tenure.partition: heir.tenure}.get
+        heir.clock.now += 29
+        await self.look(heir)
+        await heir.quiet()
+        assert heir.told("turn.completed") == []
+        heir.clock.now += 2
+        await self.look(heir)
+        await until(lambda: heir.told("turn.completed"))
+        (completed,) = heir.told("turn.completed")
+        assert (wire(completed)["autoFinal"], wire(completed)["pieces"]) == (True, 1)
+        assert heir.api.calls == []
+        await until(lambda: not heir.lanes.is_served("c1"))
+        await self.look(heir)
+        assert not heir.lanes.is_served("c1"), "it is closed"
+
+    @pytest.mark.usefixtures("heir")
+    async def test_with_the_text_that_is_said_for_it(self, fleet: Fleet) -> None:
+        third = fleet.join("w3", replace(self.RULES, final_text="Bye."))
+        third.lanes.tenure_of = {third.tenure.partition: third.tenure}.get
+        third.clock.now += 31
+        await self.look(third)
+        await third.said("Bye.")
+        await until(lambda: third.told("turn.completed"))
+
+    async def test_who_owns_it_is_asked_now_and_then(self, heir: Flow) -> None:
+        heir.clock.now += 31
+        assert await self.look(heir) == [heir.tenure.partition]
+        heir.clock.now += 1
+        assert await self.look(heir) == [], "whoever it is may be busy"
+        heir.clock.now += 30
+        assert await self.look(heir) == [heir.tenure.partition]
+        assert not heir.lanes.is_served("c1")
+
+    async def test_where_turns_stay_open_nobody_asks(self, fleet: Fleet, heir: Flow) -> None:
+        other = fleet.join("w3", replace(RULES, auto_final_s=0))
+        heir.clock.now += 1e6
+        assert await self.look(other) == []
 
 
 class TestStop:

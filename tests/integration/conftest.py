@@ -163,6 +163,7 @@ def start(amqp_url: str) -> Start:
         dead: bool = False,
         prefetch: int = 200,
         avatar: Avatar | None = None,
+        rules: Rules | None = None,
     ) -> AsyncIterator[Station]:
         clock, avatar = SteadyClock(), avatar or Avatar()
         database = await Database.open(store_url)
@@ -174,7 +175,7 @@ def start(amqp_url: str) -> Start:
         wanted = agreed(partitions, prefetch=prefetch)
         kept = SqlBacklog(database)
         lanes = Lanes(
-            Rules(default_avatar="a"),
+            rules or Rules(default_avatar="a"),
             desk=desk,
             ledger=ledger,
             backlog=Backlog(kept, window=prefetch),

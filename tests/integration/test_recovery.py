@@ -1,6 +1,7 @@
 """The broker goes away in whatever way: the worker comes back by itself, and nothing is lost or said twice."""
 
 import asyncio
+from pathlib import Path
 
 import pytest
 from aio_pika.abc import AbstractConnection
@@ -13,6 +14,7 @@ from tests.support.proxy import proxied
 from worker.amqp.delivery import AmqpDelivery
 from worker.amqp.inbox import ChannelTenure, Inbox
 from worker.core.model import Entry, Marker, Misfit
+from worker.core.work import Rules
 from worker.errors import LinkLost
 from worker.flow.clock import SteadyClock
 from worker.local.broker import OwnedBroker
@@ -34,6 +36,19 @@ async def test_a_say_in_flight_outlives_the_connection(start: Start, bus: Bus, a
         await station.settled()
         await station.gone()
         assert await bus.left_in(QUEUE) == 0
+
+
+async def test_a_turn_that_a_dead_worker_left_open_is_closed_though_nothing_is_delivered(
+    start: Start, bus: Bus, tmp_path: Path
+) -> None:
+    url, rules = f"sqlite:///{tmp_path}/store.db", Rules(default_avatar="a", auto_final_s=2)
+    async with start(name="w1", store_url=url, rules=rules) as station:
+        await bus.ended(await bus.say("c", "t", "One.", final=False))
+        await station.settled()
+    assert bus.of("turn.completed") == []
+    async with start(name="w2", store_url=url, rules=rules):
+        event = await bus.event("turn.completed", "c")
+    assert (event["worker"], event["data"]["autoFinal"]) == ("w2", True)
 
 
 async def test_nothing_is_lost_or_said_twice_while_the_connection_comes_and_goes(

@@ -31,7 +31,6 @@ class Run:
     def add(self, chunk: Entry) -> None:
         """The next one of the turn."""
         self.chunks.append(chunk)
-        self.seen.add(chunk.key)
         self.oldest = min(self.oldest, chunk.born)
         if self.closes is None and speak_of(chunk).is_final:
             self.closes = len(self.chunks)
@@ -112,6 +111,7 @@ class Book:
                 run.add(entry)
             else:
                 run.followed = True
+            run.seen.add(entry.key)
             run.looked += 1
         return run
 

@@ -21,6 +21,10 @@ class Closing:
         if self._after_s:
             self._heard[turn_id] = now
 
+    def put_off(self, turn_id: str, until: float) -> None:
+        """Not before that time, though it was due."""
+        self._heard[turn_id] = until - self._after_s
+
     def is_due(self, turn_id: str, now: float) -> bool:
         """Whether it has been silent for long enough."""
         return turn_id in self._heard and now >= self._heard[turn_id] + self._after_s

@@ -21,6 +21,7 @@ A lane is driven in a loop by whoever owns it (`flow.runner`):
 What must outlive the lane is `memory`.
 """
 
+from itertools import islice
 from typing import assert_never
 
 from schemas.commands import Interrupt, SessionAttach, SessionEnd, SessionStart, Speak
@@ -51,6 +52,7 @@ class Lane:
         self._sequence = Sequence(book)
         self._holds = False
         self._calling: Call | None = None
+        self._at_stake: tuple[Entry, ...] = ()
         self._busy_until = book.memory.state.busy_until
 
     def __len__(self) -> int:
@@ -72,7 +74,7 @@ class Lane:
             self._interrupts.see(
                 entry,
                 now,
-                spared=self._in_call(),
+                spared=self._at_stake if self._calling is not None else (),
                 has_session=self._sessions.session is not None,
                 in_doubt=self._calling is None and self._busy_until > now,
             )
@@ -134,7 +136,7 @@ class Lane:
             elif self._interrupts.calling:
                 work = Wait(now + INTERRUPT_S)
             else:
-                self._calling = work
+                self._calling, self._at_stake = work, self._what_hangs_on(work)
                 # For whoever has to go by the intent alone: the call may have begun as late as this.
                 self._busy_until = now + INTENT_S + self._rules.ambiguous_wait_s
                 self._note_busy()
@@ -142,6 +144,8 @@ class Lane:
                     self._attempts.begin(now)
                 if isinstance(work, Say):
                     self._speech.begin(work.piece, now)
+                elif isinstance(work, Open):
+                    self._sessions.opening()
         return Step(self._book.take(), work)
 
     def done(
@@ -179,7 +183,7 @@ class Lane:
             case Open():
                 self._sessions.opened(result, got if isinstance(got, Session) else None, now, jitter)
             case Attach():
-                self._sessions.attached(work.session, now)
+                self._sessions.attached(result, work.session, now, jitter)
             case InitClient():
                 self._sessions.initialised(result, got if isinstance(got, Viewer) else None, now, jitter)
             case CallInterrupt():
@@ -237,12 +241,12 @@ class Lane:
             case _ as unreachable:
                 assert_never(unreachable)
 
-    def _in_call(self) -> tuple[Entry, ...]:
-        """The entries whose fate hangs on the call that is under way."""
-        if self._calling is None or isinstance(self._calling, CallInterrupt):
+    def _what_hangs_on(self, call: Call) -> tuple[Entry, ...]:
+        """The entries whose fate hangs on the call; none where nobody waits for it."""
+        if isinstance(call, CallInterrupt):
             return ()
         piece = self._speech.piece
-        return tuple(part.entry for part in piece.parts) if piece else (self._book.head,)
+        return tuple(part.entry for part in piece.parts) if piece else tuple(islice(self._book, 1))
 
     def _note_busy(self) -> None:
         """Whoever serves the conversation next waits until what is under way now is surely over."""

@@ -48,6 +48,7 @@ class SessionPlan:
         self._retiring: EndReason | None = None
         self._waiting_since: float | None = None
         self._why = _HELD_BACK
+        self._unasked = False
 
     # What to do.
 
@@ -143,9 +144,13 @@ class SessionPlan:
 
     # What became of it.
 
+    def opening(self) -> None:
+        """A create is about to be called; what comes while it is has not asked for it."""
+        self._unasked = not len(self._book)
+
     def opened(self, result: CallResult, session: Session | None, now: float, jitter: float) -> None:
         """A create was answered, or not."""
-        if not len(self._book):
+        if self._unasked:
             self._renewed(session)
             return
         for_speech = isinstance(self._book.head.command, Speak)
@@ -191,8 +196,11 @@ class SessionPlan:
         """The session works."""
         self._losses = 0
 
-    def attached(self, session: Session, now: float) -> None:
-        """The foreign session is ours to use."""
+    def attached(self, result: CallResult, session: Session, now: float, jitter: float) -> None:
+        """The foreign session is ours to use, or was not taken over yet: its intent was written too late."""
+        if result.kind is not CallKind.OK:
+            self._attempts.again(now, jitter)
+            return
         self.begin(session)
         self._book.end([verdict.session_ready(self._book.conversation_id, session, self._book.head)], now)
         self._attempts.rest()

@@ -48,15 +48,22 @@ class Speech:
 
     def plan(self, now: float) -> Piece | Wait | None:
         """The piece to say now; None when the head of the book has ended instead."""
-        if self.piece is not None:
-            if not self.outdated(now):
-                return self.piece
-            self.drop()
-        if self.turns.end_unspeakable(now):
-            return None
-        if self._memory.state.attempt is not None:
-            return self._resume(self._memory.state.attempt, now)
-        return self._cut(now)
+        if self.piece is None:
+            if self.turns.end_unspeakable(now):
+                return None
+            if self._memory.state.attempt is None:
+                return self._cut(now)
+            resumed = self._resume(self._memory.state.attempt, now)
+            if self.piece is None:
+                return resumed
+        piece = self.piece
+        if not self.outdated(now):
+            return piece
+        self.drop()
+        # Its oldest chunk need not be the first: clocks differ. What was perhaps said must not be cut anew.
+        ended = self.turns.end_unspeakable(now, piece.born)
+        assert ended, "it is silent or too old"
+        return None
 
     def plan_closing(self, now: float, *, has_session: bool) -> Piece | None:
         """Close the turns that have been silent for long, or say what closes one: a piece without chunks."""
@@ -73,6 +80,8 @@ class Speech:
                 return self.piece
             self.fail(SpeechFailure.NO_SESSION, CallResult(CallKind.STALE), now)
         for turn_id in self._closing.due(now):
+            if self._is_awaited(turn_id, now):
+                continue
             self._close_unheard(turn_id, f"auto {self._memory.state.number}", now, has_session=has_session, auto=True)
             if self.piece is not None:
                 break
@@ -193,13 +202,28 @@ class Speech:
                 return self.piece
             self.fail(SpeechFailure.UNKNOWN_OUTCOME, CallResult(CallKind.UNKNOWN, error="the worker died"), now)
             return None
+        until = self._await(attempt, now)
+        return None if until is None else Wait(until)
+
+    def _await(self, attempt: Attempt, now: float) -> float | None:
+        """Until when chunks of it may come again; None: it is given up."""
         self._missing_since = self._missing_since or now
         if now < self._missing_since + RESUME_WAIT_S:
-            return Wait(self._missing_since + RESUME_WAIT_S)
+            return self._missing_since + RESUME_WAIT_S
         # Chunks without an id cannot be recognised. What is left of the piece is said as it comes, and flagged.
         doubtful = self._memory.state.doubtful.union(part.key for part in attempt.parts)
         self._memory.update(attempt=None, doubtful=doubtful)
         return None
+
+    def _is_awaited(self, turn_id: str, now: float) -> bool:
+        """Whether what another worker was saying of the turn may come again: it is not over then."""
+        attempt = self._memory.state.attempt
+        if attempt is None or not attempt.parts or attempt.turn_id != turn_id:
+            return False
+        until = self._await(attempt, now)
+        if until is not None:
+            self._closing.put_off(turn_id, until)
+        return until is not None
 
     def _settle_attempt(self) -> None:
         """Nothing is being attempted: it has an outcome, or surely had no effect."""

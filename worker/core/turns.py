@@ -1,5 +1,6 @@
 """What becomes of turns and of chunks that are not spoken: who is silent, what closes, how the rest ends."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -116,13 +117,13 @@ class Turns:
             self._memory.reopen(turn_id, now)
         self._memory.turn(turn_id, now).replay = entry.replay
 
-    def end_unspeakable(self, now: float) -> bool:
-        """End the chunks at the head if their turn is silent, or the first of them is too old."""
+    def end_unspeakable(self, now: float, born: float = math.inf) -> bool:
+        """End the chunks at the head if their turn is silent, or the first, or what was `born` then, is too old."""
         head, conversation_id = self._book.head, self._book.conversation_id
         turn_id = speak_of(head).turn_id
         before: tuple[Event, ...] = ()
         if not self._memory.is_silent(turn_id):
-            if not self.has_expired(head.born, now):
+            if not self.has_expired(min(head.born, born), now):
                 return False
             self._leave_open(turn_id, TurnState.EXPIRED, now)
             before = (verdict.turn_failed(conversation_id, head, "expired"),)

@@ -17,7 +17,7 @@ HOLD_S = 2.0
 """How long a command may wait for its turn before it is kept: a chunk may wait that long for its sentence's end."""
 TICK_S = 0.25
 LOOK_S = 1.0
-"""How often the store is asked whether it keeps commands of conversations that nobody serves."""
+"""How often the store is asked whether conversations that nobody serves have something to do."""
 
 
 class Backlog:
@@ -63,12 +63,9 @@ class Backlog:
         kept = await self._store.kept(conversation_id, tenure.partition)
         return [one for one in kept if one.key not in before and self._in_hand.get(one.key) is not tenure]
 
-    async def conversations(self) -> dict[int, list[str]]:
-        """Of which conversations something is kept, by partition."""
-        found: dict[int, list[str]] = {}
-        for number, conversation_id in await self._store.conversations():
-            found.setdefault(number, []).append(conversation_id)
-        return found
+    async def conversations(self) -> list[tuple[int, str]]:
+        """Of which conversations something is kept, with their partitions."""
+        return await self._store.conversations()
 
     @property
     def in_hand(self) -> int:

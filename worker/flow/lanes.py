@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import contextvars
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import replace
 from typing import Any
@@ -22,6 +23,9 @@ from worker.flow.settler import Settler
 from worker.ops import logs
 from worker.ops.metrics import Metrics
 from worker.ports import Clock, Ledger, Tenure
+
+KNOCK_AGAIN_S = 30.0
+"""How soon again the owner of a partition is looked for because of turns that should have closed: it may be busy."""
 
 _log = structlog.stdlib.get_logger(__name__)
 
@@ -57,6 +61,7 @@ class Lanes:
         self._metrics = metrics or Metrics()
         self._runners: dict[str, Runner] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._knocked: dict[int, float] = {}
         self._stopping = False
 
     def offer(self, entry: Entry) -> None:
@@ -105,7 +110,7 @@ class Lanes:
             self._start(conversation_id).summon(tenure)
 
     async def run(self, knock: Callable[[int], Awaitable[None]]) -> None:
-        """Have the store keep what is held for long, and see to what it keeps of conversations nobody serves.
+        """Have the store keep what is held for long, and see to conversations nobody serves that have something to do.
 
         `knock` makes the owner of a partition learn that it is: where nothing is delivered, it cannot know.
         """
@@ -125,13 +130,21 @@ class Lanes:
                     _log.error(logs.STORE_FAILED, error=str(error))
 
     async def _summon(self, knock: Callable[[int], Awaitable[None]]) -> None:
-        for partition, conversation_ids in (await self._backlog.conversations()).items():
+        """Those of which commands are kept, and those with a turn that has been left open for too long."""
+        wanted: defaultdict[int, set[str]] = defaultdict(set)
+        kept, now = await self._backlog.conversations(), self._clock()
+        unclosed = await self._ledger.unclosed(now - self._rules.auto_final_s) if self._rules.auto_final_s else []
+        for partition, conversation_id in (*kept, *unclosed):
+            wanted[partition].add(conversation_id)
+        urgent = {partition for partition, _ in kept}
+        for partition, conversation_ids in wanted.items():
             tenure = self.tenure_of(partition)
-            if tenure is None:
-                await knock(partition)
-            elif not self._stopping:
-                for conversation_id in conversation_ids:
+            if tenure is not None:
+                for conversation_id in conversation_ids if not self._stopping else ():
                     (self._runners.get(conversation_id) or self._start(conversation_id)).summon(tenure)
+            elif partition in urgent or now >= self._knocked.get(partition, 0.0) + KNOCK_AGAIN_S:
+                self._knocked[partition] = now
+                await knock(partition)
 
     def reject(self, misfit: Misfit) -> None:
         """Take a message that is no command."""

@@ -22,7 +22,7 @@ from worker.ops import logs
 from worker.ports import Clock, Grant, HeldState
 from worker.stores.backend import Contended, Unreachable
 from worker.stores.database import Database, among, text_of
-from worker.stores.tables import commands, conversations, endings, partitions, sessions, turns, writers
+from worker.stores.tables import OPEN, commands, conversations, endings, partitions, sessions, turns, writers
 
 _log = structlog.stdlib.get_logger(__name__)
 
@@ -74,6 +74,18 @@ class SqlLedger:
         query = sa.select(conversations.c.state).where(conversations.c.conversation_id == conversation_id)
         state = await self._database.read(lambda connection: connection.execute(query).scalar_one_or_none())
         return None if state is None else _state(state).partition
+
+    async def unclosed(self, before: float) -> list[tuple[int, str]]:
+        """Each conversation once. Open turns have an index of their own: mostly it has nothing so old."""
+        query = (
+            sa.select(conversations.c.partition, conversations.c.conversation_id)
+            .join(turns, turns.c.conversation_id == conversations.c.conversation_id)
+            .where(OPEN, turns.c.touched < before, conversations.c.partition.is_not(None))
+            .distinct()
+        )
+        return await self._database.read(
+            lambda connection: [(row.partition, row.conversation_id) for row in connection.execute(query)]
+        )
 
     async def known(self, conversation_id: str, message_ids: Sequence[str]) -> dict[str, Ended]:
         """One look-up for all."""
@@ -287,6 +299,7 @@ def _put(connection: sa.Connection, written: Iterable[tuple[str, Changes]], now:
                 "conversation_id": conversation_id,
                 "version": changes.version,
                 "attempt": _attempt(changes.state),
+                "partition": changes.state.partition,
                 "state": _state_text(changes.state),
                 "touched": now,
             }

@@ -8,8 +8,8 @@ from sqlalchemy.dialects.postgresql import insert
 from worker.errors import ConfigurationError
 from worker.stores.tables import facts, metadata
 
-VERSION = 3
-"""1: sessions only. 2: the ledger too. 3: a session's life cycle, and ghosts."""
+VERSION = 4
+"""1: sessions only. 2: the ledger too. 3: a session's life cycle, and ghosts. 4: open turns can be asked for."""
 
 _LOCK = 0x6176617461722D77
 """Held while the tables are made: workers may start all at once."""
@@ -30,15 +30,15 @@ def prepare(connection: sa.Connection) -> None:
     if found is not None and int(found) == VERSION:
         return
     metadata.create_all(connection)
-    _add_columns(connection)
+    _add_what_is_new(connection)
     identity = "memory" if _is_in_memory(connection) else uuid.uuid4().hex
     connection.execute(insert(facts).values(name="store_id", value=identity).on_conflict_do_nothing())
     version = insert(facts).values(name="schema_version", value=str(VERSION))
     connection.execute(version.on_conflict_do_update(index_elements=["name"], set_={"value": str(VERSION)}))
 
 
-def _add_columns(connection: sa.Connection) -> None:
-    """What a later version added to a table: columns that may be null, or have a default in the database."""
+def _add_what_is_new(connection: sa.Connection) -> None:
+    """What a later version added to a table: columns that may be null, or have a default in the database; indices."""
     inspector = sa.inspect(connection)
     for table in metadata.tables.values():
         known = {column["name"] for column in inspector.get_columns(table.name)}
@@ -46,6 +46,8 @@ def _add_columns(connection: sa.Connection) -> None:
             if column.name not in known:
                 definition = sa.schema.CreateColumn(column).compile(dialect=connection.dialect)
                 connection.exec_driver_sql(f"ALTER TABLE {table.name} ADD COLUMN {definition}")
+        for index in table.indexes:
+            index.create(connection, checkfirst=True)
 
 
 def _is_in_memory(connection: sa.Connection) -> bool:

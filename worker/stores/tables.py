@@ -72,7 +72,9 @@ conversations = sa.Table(
     metadata,
     sa.Column("conversation_id", sa.Text, primary_key=True),
     sa.Column("version", sa.Text, nullable=False),
+    # These two are in the state, too, and stand here to be asked for.
     sa.Column("attempt", sa.Integer),
+    sa.Column("partition", sa.Integer),
     sa.Column("state", sa.Text, nullable=False),
     sa.Column("touched", sa.Float, nullable=False, index=True),
 )
@@ -88,6 +90,10 @@ turns = sa.Table(
     sa.Column("replay", Words, nullable=False),
     sa.Column("touched", sa.Float, nullable=False, index=True),
 )
+
+OPEN = turns.c.state == sa.literal_column("'open'")
+"""Written out, as in the index: a planner does not know what a parameter will be."""
+sa.Index("ix_turns_open", turns.c.touched, sqlite_where=OPEN, postgresql_where=OPEN)
 
 # One event may end many commands.
 endings = sa.Table(
