@@ -19,7 +19,7 @@ from worker.core.model import CallKind, CallResult, Entry, ReplyTo, Session, Vie
 from worker.core.outcome import merged
 from worker.core.verdict import Conclusion
 from worker.core.work import Attach, Call, CallInterrupt, Open, Rules, Say, Wait, Work
-from worker.stores import ledger
+from worker.stores import documents
 
 NOW = 1_000_000.0
 OK = CallResult(CallKind.OK, 200)
@@ -104,10 +104,10 @@ class Written:
         if not mine:
             return False
         self.version = changes.version
-        self.state = ledger._state_text(changes.state)
+        self.state = documents.state_text(changes.state)
         self.turns |= changes.turns
         for message_id, ended in changes.ended.items():
-            row = SimpleNamespace(fingerprint=ended.fingerprint, touched=ended.at, event=ledger._text(ended))
+            row = SimpleNamespace(fingerprint=ended.fingerprint, touched=ended.at, event=documents.ended_text(ended))
             assert self.ended.setdefault(message_id, row) is row, "a command ends once"
         return True
 
@@ -116,11 +116,11 @@ class Written:
         if not self.version:
             return Memory(writer=f"w{next(_numbers)}")
         turns = {turn_id: replace(turn) for turn_id, turn in self.turns.items()}
-        return Memory(ledger._state(self.state), turns, version=self.version, writer=f"w{next(_numbers)}")
+        return Memory(documents.state_of(self.state), turns, version=self.version, writer=f"w{next(_numbers)}")
 
     def known(self, message_id: str | None) -> dict[str, Ended]:
         """How the command has ended, if it has."""
-        return {message_id: ledger.ended_of(self.ended[message_id])} if message_id in self.ended else {}
+        return {message_id: documents.ended_of(self.ended[message_id])} if message_id in self.ended else {}
 
 
 class Outdated(Exception):  # noqa: N818

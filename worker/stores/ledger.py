@@ -1,10 +1,9 @@
 """The ledger in SQL: what many lanes write in one transaction is looked up, judged and written together."""
 
 import asyncio
-import json
 import uuid
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import sqlalchemy as sa
@@ -12,16 +11,15 @@ import structlog
 from sqlalchemy.dialects.postgresql import insert
 
 from schemas.commands import Speak
-from schemas.events import EVENT_TYPES, Event
 from worker.core import undelivered
-from worker.core.memory import NAMED, Attempt, Changes, Ended, Memory, SentPart, State, Turn, TurnState
+from worker.core.memory import NAMED, Changes, Ended, Memory, State, Turn, TurnState
 from worker.core.model import Entry
 from worker.core.outcome import merged
-from worker.core.shaping import shaper
 from worker.ops import logs
 from worker.ports import Clock, Grant, HeldState
 from worker.stores.backend import Contended, Unreachable
 from worker.stores.database import Database, among, text_of
+from worker.stores.documents import ended_of, ended_text, state_of, state_text
 from worker.stores.tables import OPEN, commands, conversations, endings, partitions, sessions, turns, writers
 
 _log = structlog.stdlib.get_logger(__name__)
@@ -35,7 +33,6 @@ ENDED = sa.select(commands.c.message_id, commands.c.fingerprint, commands.c.touc
 """Commands with how they ended; `ended_of` reads a row of it."""
 
 _PLACE = "ledger"
-_DATA_TYPES = {name: data for data, name in EVENT_TYPES.items()}
 
 _Row = tuple[str, int | None]
 """What a write is judged by: the version of a conversation's row, and the number of its attempt without an outcome."""
@@ -73,7 +70,7 @@ class SqlLedger:
         """Read from the state."""
         query = sa.select(conversations.c.state).where(conversations.c.conversation_id == conversation_id)
         state = await self._database.read(lambda connection: connection.execute(query).scalar_one_or_none())
-        return None if state is None else _state(state).partition
+        return None if state is None else state_of(state).partition
 
     async def unclosed(self, before: float) -> list[tuple[int, str]]:
         """Each conversation once. Open turns have an index of their own: mostly it has nothing so old."""
@@ -117,7 +114,7 @@ class SqlLedger:
                 return stands
             known = _turns(connection, conversation_id, names)
             # Whoever serves the conversation must look again: it knows which commands have ended, and which turns.
-            memory = Memory(_state(row.state), known, version=row.version, writer=f"ended {uuid.uuid4().hex}")
+            memory = Memory(state_of(row.state), known, version=row.version, writer=f"ended {uuid.uuid4().hex}")
             told = undelivered.note(memory, entry, ended)
             changes = memory.take_changes()
             if changes is not None:
@@ -209,7 +206,7 @@ class _Gathered:
             return None
         mine = conversations.c.conversation_id == conversation_id
         state = self._connection.execute(sa.select(conversations.c.state).where(mine)).scalar_one()
-        return merged(outcome, _state(state), _turns(self._connection, conversation_id, outcome.turns.keys()))
+        return merged(outcome, state_of(state), _turns(self._connection, conversation_id, outcome.turns.keys()))
 
     def write(self) -> None:
         """Write what has been added."""
@@ -231,7 +228,7 @@ def recalled(connection: sa.Connection, conversation_id: str) -> Memory:
     ended = connection.execute(names).scalars().all()
     elsewhere = ended if len(ended) <= NAMED else None
     known = _turns(connection, conversation_id)
-    return Memory(_state(row.state), known, elsewhere=elsewhere, version=row.version, writer=writer)
+    return Memory(state_of(row.state), known, elsewhere=elsewhere, version=row.version, writer=writer)
 
 
 def _turns(connection: sa.Connection, conversation_id: str, names: Collection[str] | None = None) -> dict[str, Turn]:
@@ -300,7 +297,7 @@ def _put(connection: sa.Connection, written: Iterable[tuple[str, Changes]], now:
                 "version": changes.version,
                 "attempt": _attempt(changes.state),
                 "partition": changes.state.partition,
-                "state": _state_text(changes.state),
+                "state": state_text(changes.state),
                 "touched": now,
             }
         )
@@ -322,7 +319,7 @@ def _noted(conversation_id: str, now: float) -> sa.Insert:
 
 
 def _note(conversation_id: str, now: float) -> dict[str, Any]:
-    return {"conversation_id": conversation_id, "version": "noted", "state": _state_text(State()), "touched": now}
+    return {"conversation_id": conversation_id, "version": "noted", "state": state_text(State()), "touched": now}
 
 
 def _deletion(table: sa.Table, before: float) -> sa.Delete:
@@ -335,7 +332,7 @@ def _deletion(table: sa.Table, before: float) -> sa.Delete:
 
 def _ended_rows(conversation_id: str, message_id: str, ended: Ended) -> Iterator[tuple[sa.Table, Mapping[str, Any]]]:
     ending_id = ended.event.id("")
-    yield endings, {"ending_id": ending_id, "event": _text(ended), "touched": ended.at}
+    yield endings, {"ending_id": ending_id, "event": ended_text(ended), "touched": ended.at}
     command = {"conversation_id": conversation_id, "message_id": message_id, "fingerprint": ended.fingerprint}
     yield commands, command | {"ending_id": ending_id, "touched": ended.at}
 
@@ -361,43 +358,3 @@ _STATEMENTS: dict[sa.Table, Any] = {
     endings: insert(endings).on_conflict_do_nothing(),
     commands: insert(commands).on_conflict_do_nothing(),
 }
-
-
-def _text(ended: Ended) -> str:
-    return json.dumps([[_row(event) for event in events] for events in (ended.before, (ended.event,), ended.after)])
-
-
-def _row(event: Event) -> list[Any]:
-    data = event.data.model_dump(mode="json", by_alias=True, exclude_none=True)
-    return [event.type, event.conversation_id, event.key, event.traceparent, data]
-
-
-def ended_of(row: Any) -> Ended:
-    """How a command ended, from a row of `ENDED`."""
-    before, (event,), after = (tuple(map(_event, rows)) for rows in json.loads(row.event))
-    return Ended(row.fingerprint, event, row.touched, before, after)
-
-
-def _event(row: Sequence[Any]) -> Event:
-    event_type, conversation_id, key, traceparent, data = row
-    return Event(conversation_id, _DATA_TYPES[event_type].model_validate(data), key, traceparent)
-
-
-def _state_text(state: State) -> str:
-    document = asdict(replace(state, untold=())) | {"untold": [_row(event) for event in state.untold]}
-    return json.dumps(document, default=sorted)
-
-
-def _state(text: str) -> State:
-    document = json.loads(text)
-    attempt = document.pop("attempt")
-    if attempt is not None:
-        parts = tuple(SentPart(**part) for part in attempt.pop("parts"))
-        shapes = attempt.pop("shapes", None)
-        attempt = Attempt(parts=parts, shapes=shapes and shaper.State(*shapes), **attempt)
-    heard_last, doubtful = frozenset(document.pop("heard_last")), frozenset(document.pop("doubtful"))
-    untold = tuple(map(_event, document.pop("untold")))
-    numbers = document.get("numbers", {}).items()
-    document["numbers"] = {turn: tuple((first, last) for first, last in ranges) for turn, ranges in numbers}
-    document["shapes"] = {turn: shaper.State(*shape) for turn, shape in document.get("shapes", {}).items()}
-    return State(attempt=attempt, heard_last=heard_last, doubtful=doubtful, untold=untold, **document)

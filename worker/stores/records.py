@@ -9,7 +9,8 @@ from worker.core.memory import Ended, Memory
 from worker.errors import ConfigurationError
 from worker.stores.backend import Unreachable
 from worker.stores.database import Database
-from worker.stores.ledger import ENDED, ended_of, recalled
+from worker.stores.documents import ended_of
+from worker.stores.ledger import ENDED, recalled
 from worker.stores.sqlite import IN_MEMORY
 from worker.stores.tables import backlog, commands, conversations, partitions, sessions
 
