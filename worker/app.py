@@ -117,6 +117,7 @@ async def run(settings: Settings) -> None:
                 Link(url, name=f"{name} consume", heartbeat_s=settings.heartbeat_s).run(
                     watchdog.consuming(inbox.session)
                 ),
+                Link(url, name=f"{name} interrupts", heartbeat_s=settings.heartbeat_s).run(inbox.express.session),
                 Link(url, name=f"{name} dead letters", heartbeat_s=settings.heartbeat_s).run(dead.session),
                 watchdog.run(),
                 keeper.run(),

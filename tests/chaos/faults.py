@@ -256,7 +256,7 @@ class Saboteur:
         self._end(note)
 
     async def _cut(self, victim: Worker) -> None:
-        """Every second time only one of its two connections."""
+        """Every second time only one of its connections."""
         while not (links := victim.proxy.links):  # noqa: ASYNC110 - nobody signals it
             await asyncio.sleep(0.02)
         number = self._dice.choice((None, self._dice.randrange(links)))

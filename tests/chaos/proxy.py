@@ -41,7 +41,7 @@ class Proxy:
         return len(self._links)
 
     def cut(self, number: int | None = None) -> None:
-        """Reset one connection, on both sides, or all: a worker has one to consume and one to publish."""
+        """Reset one connection, on both sides, or all."""
         for link in self._links[:] if number is None else [self._links[number]]:
             for writer in link:
                 _reset(writer)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from worker.amqp.inbox import _reply_to
+from worker.amqp.reading import _reply_to
 from worker.core.model import ReplyTo
 
 

@@ -190,6 +190,7 @@ def start(amqp_url: str) -> Start:
         lanes.tenure_of = inbox.tenure_of
         consuming, publishing = Life(inbox.session), Life(outbox.session)
         links: list[tuple[str, Session_]] = [(url, consuming), (publish_url or url, publishing)]
+        links.append((url, inbox.express.session))
         if dead:
             letters = DeadLetters(ledger=ledger, settler=settler, clock=clock)
             links.append((url, DeadQueue(letters.take, clock).session))

@@ -12,7 +12,8 @@ from tests.integration.conftest import Start, agreed
 from tests.support.bus import Bus, connected, eventually
 from tests.support.proxy import proxied
 from worker.amqp.delivery import AmqpDelivery
-from worker.amqp.inbox import ChannelTenure, Inbox
+from worker.amqp.inbox import Inbox
+from worker.amqp.tenure import ChannelTenure
 from worker.core.model import Entry, Marker, Misfit
 from worker.core.work import Rules
 from worker.errors import LinkLost
@@ -127,6 +128,7 @@ async def silent() -> None:
 
 async def consume(connection: AbstractConnection, catcher: Catcher) -> tuple[Inbox, "asyncio.Task[None]"]:
     inbox = Inbox(catcher, epochs, silent, wanted=agreed(1), worker="w", clock=SteadyClock())
+    inbox.express.ready.set()  # as if: nobody is interrupted here
     task = asyncio.create_task(inbox.session(connection))
     async with asyncio.timeout(10):
         await inbox.ready.wait()

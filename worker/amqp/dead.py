@@ -5,7 +5,6 @@ The others look now and then whether somebody does.
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import Never
 
 from aio_pika.abc import AbstractChannel, AbstractConnection
 from aiormq.abc import DeliveredMessage
@@ -13,8 +12,9 @@ from aiormq.abc import DeliveredMessage
 from schemas import routes
 from worker.amqp import mutex, notes, topology
 from worker.amqp.delivery import AmqpDelivery
-from worker.amqp.inbox import ChannelTenure, understand
 from worker.amqp.lenient import printable
+from worker.amqp.reading import understand
+from worker.amqp.tenure import ChannelTenure
 from worker.core.model import Entry, Misfit
 from worker.errors import LinkLost
 from worker.ports import Clock
@@ -25,7 +25,6 @@ LOOK_S = 2.0
 PREFETCH = 100
 
 _MUTEX = "avatar.dead.mutex"
-_NO_PARTITION = -1
 
 
 class DeadQueue:
@@ -47,8 +46,7 @@ class DeadQueue:
             await asyncio.sleep(LOOK_S)
         await outer.set_qos(PREFETCH)
         channel = await outer.get_underlay_channel()
-        # Nothing is said under this tenure, so it needs no epoch.
-        tenure = ChannelTenure(_NO_PARTITION, outer, _no_epoch, PREFETCH)
+        tenure = ChannelTenure.of_no_partition(outer)
         arrived: asyncio.Queue[AmqpDelivery | LinkLost] = asyncio.Queue()
 
         def lose(what: str) -> None:
@@ -92,7 +90,3 @@ def _why(message: DeliveredMessage) -> str:
     if isinstance(reason, str) and isinstance(queue, str):
         return printable(f"the broker gave it up: {reason} in {queue}")
     return "the broker had no queue for it"
-
-
-async def _no_epoch(_partition: int) -> Never:
-    raise AssertionError("nothing is said under this tenure")

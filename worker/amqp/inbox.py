@@ -5,27 +5,22 @@ Consumes below aio_pika's messages, whose constructor raises on odd properties a
 
 import asyncio
 import contextlib
-import hashlib
-import re
-import uuid
-from collections.abc import Awaitable, Callable, Coroutine
-from dataclasses import replace
-from datetime import datetime
+from collections.abc import Callable, Coroutine
 from typing import Any, Protocol
 
 import structlog
-from aio_pika import abc
 from aio_pika.abc import AbstractConnection
 from aiormq.abc import DeliveredMessage
 
 from schemas import routes
-from schemas.commands import FieldError, Interrupt, Malformed, RejectReason, parse
 from worker.amqp import notes, topology
 from worker.amqp.delivery import AmqpDelivery
-from worker.amqp.lenient import printable, readable
+from worker.amqp.express import Express
 from worker.amqp.link import LOSSES, named_losses
+from worker.amqp.reading import understand
+from worker.amqp.tenure import ChannelTenure, RaiseEpoch
 from worker.amqp.topology import Record
-from worker.core.model import Entry, Marker, Misfit, ReplyTo
+from worker.core.model import Entry, Marker, Misfit
 from worker.core.ownership import score
 from worker.errors import LinkLost
 from worker.ops import logs
@@ -34,23 +29,9 @@ from worker.ports import Clock
 
 _log = structlog.stdlib.get_logger(__name__)
 
-_TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
-_EARLIEST_S = 1_577_836_800.0
-"""2020: an older time stamp is a mistake of units, and would let everything expire unspoken."""
-_FUTURE_S = 86_400.0
-_REPLY_EXPIRES_MS = 30_000
-_RUN_CHARS = 64
-
-REPLAY = "avatar-replay"
-"""Header: how often the command was sent again on purpose (`parked replay`), from 1. Each time is a life of its own."""
-REPLAY_RUN = "avatar-replay-run"
-"""Header: the same for all that was sent again together."""
-
-
 LEAVE_S = 2.0
 """How long an outranked worker waits for what is under way; what is not over then, the next owner waits for."""
 
-RaiseEpoch = Callable[[int], Awaitable[int]]
 Announce = Callable[[], Coroutine[Any, Any, None]]
 """Tells the other workers that this one has joined: not over the connection that consumes, see `link.is_blocked`."""
 
@@ -70,84 +51,15 @@ class Receiver(Protocol):
     def reject(self, misfit: Misfit) -> None:
         """A message that is none."""
 
-    def forget(self, tenure: "ChannelTenure") -> None:
+    def forget(self, tenure: ChannelTenure) -> None:
         """What came under this tenure comes again."""
 
-    async def leave(self, tenure: "ChannelTenure") -> None:
+    async def leave(self, tenure: ChannelTenure) -> None:
         """Begin nothing more under this tenure; return when what was under way has ended and is acknowledged."""
 
 
-class ChannelTenure:
-    """`ports.Tenure`: one channel's life as the consumer of a partition, `open` until it is given up or lost.
-
-    `active` from its first delivery on: the broker has more consumers than one, but gives to one of them.
-
-    The epoch is raised once, after the first delivery and a round trip on the channel begun after it. A broker may hand
-    a partition back to a consumer that had lost it, without a sign, and a stopped process may wake to deliveries long
-    given to others: only an answer on this very channel shows that it is alive.
-    """
-
-    def __init__(self, partition: int, channel: abc.AbstractChannel, raise_epoch: RaiseEpoch, prefetch: int) -> None:
-        self.open = True
-        self.active = False
-        self.outranked = False
-        self.given_up = asyncio.Event()
-        self._partition = partition
-        self._channel = channel
-        self._raise_epoch = raise_epoch
-        self._prefetch = prefetch
-        self._epoch: int | None = None
-        self._asking = asyncio.Lock()
-
-    @property
-    def partition(self) -> int:
-        """The partition's number."""
-        return self._partition
-
-    async def epoch(self) -> int:
-        """The number of this ownership.
-
-        Raises:
-            LinkLost: the tenure has ended before it was known.
-        """
-        async with self._asking:
-            if self._epoch is None:
-                try:
-                    with named_losses():
-                        await self._channel.set_qos(self._prefetch)
-                except LOSSES as error:
-                    raise LinkLost(f"the channel of partition {self._partition} is lost: {error}") from None
-                self._epoch = await self._raise_epoch(self._partition)
-        if not self.open:
-            raise LinkLost("the partition was given up")
-        return self._epoch
-
-    def hand_over(self) -> None:
-        """Another worker is to own the partition: leave it in order, for the broker would wait for all that is held."""
-        self.outranked = True
-        self.given_up.set()
-
-    def refused(self) -> None:
-        """Another worker owns the partition: give it up."""
-        self.given_up.set()
-
-    def unpack(self, key: str, packed: str, remove: Callable[[], None]) -> Entry | Misfit:
-        """See `ports.Tenure`."""
-        received = understand(AmqpDelivery.unpack(packed, self, remove))
-        # Without an id of its own it was given one when it came first, and its attempt is known by that.
-        return replace(received, key=key) if received.message_id is None else received
-
-    def end(self) -> None:
-        """Nothing is acknowledged, or begun, under this tenure any more."""
-        self.open = False
-
-    async def close(self) -> None:
-        """Close the channel: what it holds goes back to the head of the queue, in order."""
-        await self._channel.close()
-
-
 class Inbox:
-    """Consumes all partitions over one connection. `ready` while it does."""
+    """Consumes all partitions over one connection. `ready` while it does. `express` has another, and comes first."""
 
     def __init__(
         self,
@@ -161,6 +73,7 @@ class Inbox:
         metrics: Metrics | None = None,
     ) -> None:
         self.ready = asyncio.Event()
+        self.express = Express(receiver.hear, self._make_way, clock)
         self._receiver = receiver
         self._raise_epoch = raise_epoch
         self._announce = announce
@@ -175,6 +88,7 @@ class Inbox:
     async def session(self, connection: AbstractConnection) -> None:
         """Declare, consume, and return only by raising: LinkLost when any part of it is lost."""
         await topology.declare(connection, self._wanted)
+        self.express.declared.set()
         loss: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
         def lose(what: str) -> None:
@@ -204,7 +118,7 @@ class Inbox:
     async def _join_all(self, connection: AbstractConnection, lose: Callable[[str], None]) -> None:
         partitions = range(self._wanted.partitions)
         # First, so as to hear of every worker that joins a partition later.
-        await self._join_express(connection, lose)
+        await self.express.ready.wait()
         for partition in partitions:
             await self._join(connection, partition, lose)
         self._rejoining = [asyncio.create_task(self._rejoin(connection, partition, lose)) for partition in partitions]
@@ -284,31 +198,6 @@ class Inbox:
             if tenure.open and tenure.active and score(worker, partition) > score(self._worker, partition):
                 tenure.hand_over()
 
-    async def _join_express(self, connection: AbstractConnection, lose: Callable[[str], None]) -> None:
-        """A queue of this worker's own, where interrupts arrive beside the backlog; it goes with the connection."""
-        outer = await connection.channel(publisher_confirms=False)
-        queue = await outer.declare_queue(exclusive=True)
-        await queue.bind(routes.INTERRUPTS)
-        await queue.bind(topology.WORKERS)
-        outer.close_callbacks.add(lambda _, error: lose(f"channel of express interrupts closed ({error})"))
-        channel = await outer.get_underlay_channel()
-        channel.on_consumer_cancel_callbacks.add(lambda _: lose("consumer of express interrupts cancelled"))
-        tenure = ChannelTenure(-1, outer, self._raise_epoch, self._wanted.prefetch)
-
-        async def receive(message: DeliveredMessage) -> None:
-            delivery = AmqpDelivery(tenure, channel, message, self._clock())
-            worker = notes.read_joined(delivery)
-            if worker is not None:
-                if topology.moves_partitions(connection):
-                    self._make_way(worker)
-                return
-            # Whatever else may be published here is for its ordered copy to reject.
-            received = read(delivery)
-            if isinstance(received, Entry) and isinstance(received.command, Interrupt) and received.message_id:
-                self._receiver.hear(replace(received, express=True))
-
-        await channel.basic_consume(queue.name, receive, no_ack=True)
-
     @property
     def owned(self) -> int:
         """How many partitions are this worker's just now, for all it knows."""
@@ -325,72 +214,3 @@ class Inbox:
             self._receiver.offer(received)
         else:
             self._receiver.reject(received)
-
-
-def understand(delivery: AmqpDelivery) -> Entry | Misfit:
-    """What a delivery is. Never raises: a message nobody thought of must not stay unanswered."""
-    try:
-        return read(delivery)
-    except Exception:  # noqa: BLE001 - see above
-        _log.exception(logs.DELIVERY_UNREADABLE)
-        error = FieldError("$", "the message's properties cannot be read")
-        malformed = Malformed(RejectReason.INVALID_FIELD, (error,), None)
-        return Misfit(malformed, uuid.uuid4().hex, delivery, "")
-
-
-def read(delivery: AmqpDelivery) -> Entry | Misfit:
-    """What a delivery is: a command with its envelope, or a message that is none."""
-    message = delivery.message
-    properties = message.header.properties
-    headers = properties.headers or {}
-    routing_key = delivery.delivered.routing_key or ""
-    command = parse(bytes(message.body), routing_key)
-    message_id = readable(properties.message_id) if properties.message_id else None
-    life = _life(headers.get(REPLAY))
-    key = (f"{message_id}\nreplay {life}" if life else message_id) if message_id else uuid.uuid4().hex
-    traceparent = headers.get("traceparent")
-    if not isinstance(traceparent, str) or not _TRACEPARENT.fullmatch(traceparent):
-        traceparent = None
-    reply_to = _reply_to(properties.reply_to, properties.correlation_id, headers.get("reply-timeout-ms"))
-    if isinstance(command, Malformed):
-        return Misfit(command, key, delivery, printable(routing_key)[:255], message_id, traceparent, reply_to)
-    return Entry(
-        command=command,
-        key=key,
-        born=_born(headers.get("published-at-ms"), properties.timestamp, delivery.received),
-        delivery=delivery,
-        message_id=message_id,
-        fingerprint=hashlib.blake2b(bytes(message.body), digest_size=16).digest(),
-        redelivered=bool(delivery.delivered.redelivered),
-        traceparent=traceparent,
-        reply_to=reply_to,
-        replay=readable(str(headers.get(REPLAY_RUN, life)))[:_RUN_CHARS] if life else "",
-    )
-
-
-def _life(replay: object) -> int:
-    """Which life of its id a command leads: 0 the first, one more each time it is sent again on purpose."""
-    return replay if isinstance(replay, int) and not isinstance(replay, bool) and replay > 0 else 0
-
-
-def _born(published_at_ms: object, timestamp: datetime | None, received: float) -> float:
-    """Where a command's age counts from, in epoch seconds: what the producer says, if it can be true."""
-    said: list[float] = []
-    if isinstance(published_at_ms, int) and not isinstance(published_at_ms, bool):
-        said.append(published_at_ms / 1000)
-    if timestamp is not None:
-        said.append(timestamp.timestamp())
-    for seconds in said:
-        if _EARLIEST_S <= seconds <= received + _FUTURE_S:
-            return seconds
-        _log.warning(logs.TIMESTAMP_IGNORED, hint="published-at-ms is epoch milliseconds, timestamp epoch seconds")
-    return received
-
-
-def _reply_to(queue: str | None, correlation_id: str | None, timeout_ms: object) -> ReplyTo | None:
-    if not queue or queue.startswith("avatar.") or readable(queue) != queue:
-        return None
-    expires_ms = timeout_ms if isinstance(timeout_ms, int) and 0 < timeout_ms <= 3_600_000 else _REPLY_EXPIRES_MS
-    if correlation_id is not None and readable(correlation_id) != correlation_id:
-        correlation_id = None  # not UTF-8: it cannot be sent back as it was, and escaped it would match nothing
-    return ReplyTo(queue, correlation_id, int(expires_ms))

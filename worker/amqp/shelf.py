@@ -21,10 +21,10 @@ from schemas import routes
 from schemas.commands import Malformed, RejectReason, SessionAttach, Speak, parse
 from schemas.events import SpeechFailure
 from worker.amqp import mutex
-from worker.amqp.inbox import REPLAY, REPLAY_RUN
 from worker.amqp.lenient import printable
 from worker.amqp.link import LOSSES, named_losses
 from worker.amqp.parked import REDACTED
+from worker.amqp.reading import REPLAY, REPLAY_RUN
 from worker.errors import ConfigurationError, LinkLost
 
 CONFIRM_TIMEOUT_S = 30.0

@@ -1,6 +1,10 @@
 """What the inbox makes of what arrives beside the backlog."""
 
+import asyncio
+import contextlib
 import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 from unittest.mock import AsyncMock, MagicMock
 
@@ -10,8 +14,9 @@ from pamqp import commands as spec
 from pamqp.header import ContentHeader
 
 from tests.support.fakes import FakeClock
-from worker.amqp.inbox import Inbox
+from worker.amqp.express import Express
 from worker.core.model import Entry
+from worker.errors import LinkLost
 
 
 def message(message_id: str | None, body: dict[str, Any]) -> DeliveredMessage:
@@ -39,31 +44,38 @@ def message(message_id: str | None, body: dict[str, Any]) -> DeliveredMessage:
 async def test_only_interrupts_with_an_id_are_heard_and_nothing_is_rejected(
     message_id: str | None, body: dict[str, Any], heard: bool
 ) -> None:
-    receiver = MagicMock()
-    inbox = Inbox(receiver, AsyncMock(), AsyncMock(), wanted=MagicMock(), worker="w1", clock=FakeClock())
-    connection = AsyncMock()
-    outer = connection.channel.return_value
-    outer.close_callbacks = MagicMock()
-    outer.get_underlay_channel.return_value.on_consumer_cancel_callbacks = set()
-    await inbox._join_express(connection, MagicMock())
-    consume = outer.get_underlay_channel.return_value.basic_consume
-    _, receive = consume.await_args.args
-    await receive(message(message_id, body))
-    assert [type(call.args[0]) for call in receiver.hear.call_args_list] == [Entry] * heard
-    assert all(call.args[0].express for call in receiver.hear.call_args_list)
-    receiver.offer.assert_not_called()
-    receiver.reject.assert_not_called()
+    hear, connection = MagicMock(), AsyncMock()
+    async with consuming(Express(hear, MagicMock(), FakeClock()), connection) as (channel, _):
+        _, receive = channel.basic_consume.await_args.args
+        await receive(message(message_id, body))
+    assert [type(call.args[0]) for call in hear.call_args_list] == [Entry] * heard
+    assert all(call.args[0].express for call in hear.call_args_list)
 
 
 async def test_a_consumer_cancelled_by_the_broker_ends_the_session() -> None:
     """The channel stays open, and interrupts would overtake nothing any more."""
-    inbox = Inbox(MagicMock(), AsyncMock(), AsyncMock(), wanted=MagicMock(), worker="w1", clock=FakeClock())
-    connection, lose = AsyncMock(), MagicMock()
+    express = Express(MagicMock(), MagicMock(), FakeClock())
+    async with consuming(express, AsyncMock()) as (channel, session):
+        (cancelled,) = channel.on_consumer_cancel_callbacks
+        cancelled(spec.Basic.Cancel("a tag"))
+        with pytest.raises(LinkLost, match="cancelled"):
+            await session
+    assert not express.ready.is_set()
+
+
+@asynccontextmanager
+async def consuming(express: Express, connection: AsyncMock) -> AsyncIterator[tuple[Any, asyncio.Task[None]]]:
+    """While it consumes; yields its channel and its session."""
+    connection.close_callbacks = MagicMock()
+    connection.transport.connection.server_properties = {"version": "4.0.5"}
     outer = connection.channel.return_value
     outer.close_callbacks = MagicMock()
     channel = outer.get_underlay_channel.return_value
     channel.on_consumer_cancel_callbacks = set()
-    await inbox._join_express(connection, lose)
-    (cancelled,) = channel.on_consumer_cancel_callbacks
-    cancelled(spec.Basic.Cancel("a tag"))
-    lose.assert_called_once()
+    express.declared.set()
+    session = asyncio.create_task(express.session(connection))
+    await express.ready.wait()
+    yield channel, session
+    session.cancel()
+    with contextlib.suppress(asyncio.CancelledError, LinkLost):
+        await session
