@@ -20,6 +20,7 @@ async def test_sigterm_lets_the_call_end_and_begins_nothing_new(
     start_worker: StartWorker, simulator: Simulator, bus: Bus
 ) -> None:
     worker = await start_worker()
+    await simulator.change(latency_ms=0)  # accepted and hanging at once: only what hangs can be released
     await simulator.fault(kind="hang", route="say-text", when="after")
     first = await bus.say("c", "t", "In flight. ", final=False)
     await simulator.wait("say-text")
