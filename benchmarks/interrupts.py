@@ -17,7 +17,7 @@ from schemas import routes
 
 CROWD = 40
 """Conversations that nobody interrupts: the commands that wait are theirs."""
-TURN = 30
+TURN = 60
 """Chunks of a turn that is to be interrupted."""
 NEXT = 3
 """Chunks of the turn behind the interrupt."""
@@ -27,12 +27,12 @@ PAUSE_S = 0.15
 TOLD_S = 0.1
 SAY_AFTER_CALL_S = 0.05
 LATENCY_MS = 60
-TEXT = "is the first word of a sentence that is long enough to be a piece of speech of its own, and not to be joined."
+TEXT = "{} stands in a sentence that is long enough to be a piece of speech, or half of one, as an assistant writes it."
 
 
 @dataclass(slots=True)
 class Heard:
-    """When the API was called for one conversation: the says, each with the word it began with, and the interrupts."""
+    """When the API was called for one conversation: the says, with the name of the first chunk, and the interrupts."""
 
     says: list[tuple[float, str]] = field(default_factory=list)
     interrupts: list[float] = field(default_factory=list)
@@ -82,11 +82,11 @@ async def publish(stage: Stage, exchange: str, name: str, body: dict[str, object
 
 
 async def say(stage: Stage, name: str, turn: str, chunks: int) -> None:
-    """A whole turn, as fast as it goes; each chunk begins with a word that occurs once."""
+    """A whole turn, as fast as it goes; a word in each chunk occurs once."""
     for number in range(chunks):
         word = f"{name}.{turn}.n{number}"
         stage.published[word] = time.monotonic()
-        body = {"turnId": turn, "text": f"{word} {TEXT} ", "isFinal": number == chunks - 1}
+        body = {"turnId": turn, "text": f"Now {TEXT.format(word)} ", "isFinal": number == chunks - 1}
         await publish(stage, routes.COMMANDS, name, body)
 
 
@@ -95,7 +95,7 @@ async def calls(stage: Stage) -> dict[str, Heard]:
     found: dict[str, Heard] = {}
     for session in (await stage.simulator.control("GET", "transcript"))["sessions"]:
         says = [
-            (one["begun_s"], one["body"]["text"].split()[0]) for one in session["calls"] if one["route"] == "say-text"
+            (one["begun_s"], one["body"]["text"].split()[1]) for one in session["calls"] if one["route"] == "say-text"
         ]
         told = [one["begun_s"] for one in session["calls"] if one["route"] == "interrupt"]
         found[says[0][1].partition(".")[0]] = Heard(says, told)

@@ -3,8 +3,8 @@
     python -m benchmarks.speech                         40 tokens/s in 50 conversations, API latency 40 and 150 ms
     python -m benchmarks.speech --conversations 500 --partitions 8 --latencies-ms 40
 
-A private RabbitMQ (or the one in AMQP_URL, which should be fresh), the simulator and one worker, each a process. A
-piece is *decided* when the token that its cut depends on is published, and *leaves* when its call reaches the
+A private RabbitMQ a run (or the one in AMQP_URL: fresh, and for one run), the simulator and one worker, each a process.
+A piece is *decided* when the token that its cut depends on is published, and *leaves* when its call reaches the
 simulator, so the time between includes the broker, the ledger and this script's own delays. The sessions are there
 before the first word.
 """
@@ -27,6 +27,7 @@ from urllib.parse import urljoin
 
 import aio_pika
 import aiohttp
+import uvloop
 from aio_pika.abc import AbstractExchange, AbstractIncomingMessage
 
 from benchmarks.stage import cpu_s, message
@@ -223,12 +224,10 @@ def main() -> int:
     parser.add_argument("--latencies-ms", type=int, nargs="+", default=[40, 150])
     args = parser.parse_args()
     rows = []
-    with find_broker() as broker, TemporaryDirectory(prefix="avatar-bench-") as folder:
-        sys.stdout.write(f"RabbitMQ {broker.version}, {broker.kind}; Python {sys.version.split()[0]}\n")
-        for latency_ms in args.latencies_ms:
-            place = Path(folder) / str(latency_ms)
-            place.mkdir()
-            rows.append(report(latency_ms, *asyncio.run(measure(broker.url, place, latency_ms, args))))
+    for latency_ms in args.latencies_ms:
+        with find_broker() as broker, TemporaryDirectory(prefix="avatar-bench-") as folder:
+            sys.stdout.write(f"RabbitMQ {broker.version}, {broker.kind}; Python {sys.version.split()[0]}\n")
+            rows.append(report(latency_ms, *uvloop.run(measure(broker.url, Path(folder), latency_ms, args))))
     for name in rows[0]:
         sys.stdout.write(f"{name:28}" + "".join(f"{row[name]:>10}" for row in rows) + "\n")
     return 0

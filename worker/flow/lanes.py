@@ -58,6 +58,7 @@ class Lanes:
         self._settler = settler
         self._mark = mark
         self._clock = clock
+        self._turn = asyncio.Lock()
         self._metrics = metrics or Metrics()
         self._runners: dict[str, Runner] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -221,6 +222,7 @@ class Lanes:
             settler=self._settler,
             mark=self._mark,
             clock=self._clock,
+            turn=self._turn,
             metrics=self._metrics,
         )
         self._runners[conversation_id] = runner

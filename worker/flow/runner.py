@@ -62,6 +62,7 @@ class Runner:
         settler: Settler,
         mark: Mark,
         clock: Clock,
+        turn: asyncio.Lock,
         metrics: Metrics,
     ) -> None:
         self.conversation_id = conversation_id
@@ -72,6 +73,7 @@ class Runner:
         self._backlog = backlog
         self._settler = settler
         self._clock = clock
+        self._turn = turn
         self._metrics = metrics
         self._arrived: deque[Entry | Marker] = deque()
         self._moves = Moves(
@@ -99,7 +101,7 @@ class Runner:
         if not entry.express:
             self._holding.add(entry)
         self._wake.set()
-        if self._in_call and (isinstance(entry.command, Interrupt) or tenure_of(entry) is not self._tenure):
+        if isinstance(entry.command, Interrupt) or (self._in_call and tenure_of(entry) is not self._tenure):
             self._start(self._hear())
         elif self._in_call and isinstance(entry.command, Speak):
             self._pauses.look(self._pauses.waiting_chars + len(entry.command.text))
@@ -241,12 +243,16 @@ class Runner:
                     self._in_call = False
                     self._called.set()
                     self._breaker.record(result, self._clock())
+                async with self._turn:
+                    # Cutting the next piece takes a while. The loop looks at the network between any two lanes, so that
+                    # an interrupt does not wait for a herd of them.
+                    await asyncio.sleep(0)
 
     async def _hear(self) -> None:
         """Admit what has arrived although a call is under way: an interrupt is among it, or its key has moved."""
         try:
             async with self._admitting:
-                if self._in_call and self._tenure is not None:
+                if self._tenure is not None:
                     await self._admit()
         except Exception:  # noqa: BLE001 - it has still arrived, and is admitted after the call
             _log.exception(logs.LANE_CRASHED, conversation_id=self.conversation_id)
