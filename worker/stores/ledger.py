@@ -305,9 +305,8 @@ def _put(connection: sa.Connection, written: Iterable[tuple[str, Changes]], now:
             {"conversation_id": conversation_id, "turn_id": turn_id} | asdict(turn)
             for turn_id, turn in changes.turns.items()
         ]
-        for message_id, ended in changes.ended.items():
-            for table, row in _ended_rows(conversation_id, message_id, ended):
-                rows[table].append(row)
+        for table, row in _ended_rows(conversation_id, changes.ended):
+            rows[table].append(row)
     for table, statement in _STATEMENTS.items():
         if rows[table]:
             connection.execute(statement, rows[table])
@@ -330,11 +329,16 @@ def _deletion(table: sa.Table, before: float) -> sa.Delete:
     return sa.delete(table).where(sa.tuple_(*key).in_(sa.select(stale.cte(nesting=True))))
 
 
-def _ended_rows(conversation_id: str, message_id: str, ended: Ended) -> Iterator[tuple[sa.Table, Mapping[str, Any]]]:
-    ending_id = ended.event.id("")
-    yield endings, {"ending_id": ending_id, "event": ended_text(ended), "touched": ended.at}
-    command = {"conversation_id": conversation_id, "message_id": message_id, "fingerprint": ended.fingerprint}
-    yield commands, command | {"ending_id": ending_id, "touched": ended.at}
+def _ended_rows(conversation_id: str, all_: Mapping[str, Ended]) -> Iterator[tuple[sa.Table, Mapping[str, Any]]]:
+    """One row for each command, and one for each ending that commands share: a piece ends dozens of them."""
+    known: dict[int, str] = {}
+    for message_id, ended in all_.items():
+        ending_id = known.get(id(ended.event))
+        if ending_id is None:
+            ending_id = known[id(ended.event)] = ended.event.id("")
+            yield endings, {"ending_id": ending_id, "event": ended_text(ended), "touched": ended.at}
+        command = {"conversation_id": conversation_id, "message_id": message_id, "fingerprint": ended.fingerprint}
+        yield commands, command | {"ending_id": ending_id, "touched": ended.at}
 
 
 def _known(connection: sa.Connection, conversation_id: str, message_ids: Sequence[str]) -> dict[str, Ended]:
