@@ -222,7 +222,7 @@ class Runner:
                 await self._desk.leave_line(self.conversation_id)
                 # What has arrived but not been admitted waits for errands, or for the lane, which is empty now.
                 if not self._arrived or self._errands:
-                    await _before(self._wake, LINGER_S)
+                    await self._doze(LINGER_S)
                 if not self._arrived and not self._errands and not self._moves:
                     return
                 if self._tenure is not None and self.conversation_id not in self._desk.leases:
@@ -232,7 +232,7 @@ class Runner:
                     # Should its key move meanwhile, there must be a row that tells where it came from.
                     self._memory.move(self._tenure.partition)
                 self._submit(step.conclusions)
-                await _before(self._wake, step.work.until - self._clock())
+                await self._doze(step.work.until - self._clock())
             else:
                 result = None
                 self._breaker.begin()
@@ -247,6 +247,14 @@ class Runner:
                     # Cutting the next piece takes a while. The loop looks at the network between any two lanes, so that
                     # an interrupt does not wait for a herd of them.
                     await asyncio.sleep(0)
+
+    async def _doze(self, seconds: float) -> None:
+        """Until something wakes it, or that time is over. A time-out would cost more than all else a token costs."""
+        timer = asyncio.get_running_loop().call_later(max(0.0, seconds), self._wake.set)
+        try:
+            await self._wake.wait()
+        finally:
+            timer.cancel()
 
     async def _hear(self) -> None:
         """Admit what has arrived although a call is under way: an interrupt is among it, or its key has moved."""
