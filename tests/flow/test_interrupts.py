@@ -55,6 +55,21 @@ async def test_the_ordered_copy_alone_is_called_at_once_too(flow: Flow) -> None:
     await flow.all_settled()
 
 
+async def test_a_lane_that_waits_for_its_turn_among_many_hears_it_at_once(flow: Flow) -> None:
+    gate = flow.api.gates["say a"] = asyncio.Event()
+    flow.speak("a")
+    await until(lambda: flow.api.said == ["a"])
+    waiting = flow.speak("b")
+    async with flow.lanes._turn:
+        gate.set()
+        await until(lambda: len(flow.told("speech.accepted")) == 1)
+        flow.deliver(stop_(flow))
+        await done(flow)
+        assert flow.api.verbs() == ["create", "say", "interrupt"]
+    await flow.all_settled()
+    assert [wire(event)["commandIds"] for event in flow.told("speech.discarded")] == [[waiting.message_id]]
+
+
 async def test_nothing_new_is_said_before_the_api_has_answered(flow: Flow) -> None:
     await spoke(flow)
     gate = flow.api.gates["interrupt"] = asyncio.Event()

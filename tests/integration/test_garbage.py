@@ -239,7 +239,7 @@ async def test_what_nobody_thought_of_is_rejected(station: Station, bus: Bus, mo
     def fail(*_: object) -> None:
         raise LookupError("nobody thought of it")
 
-    monkeypatch.setattr("worker.amqp.inbox.parse", fail)
+    monkeypatch.setattr("worker.amqp.reading.parse", fail)
     await bus.publish(SPEAK, "c")
     event = await bus.event("command.rejected", reason="invalid_field")
     assert event["subject"] == "$invalid"
