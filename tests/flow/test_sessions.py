@@ -158,7 +158,7 @@ class TestSlots:
         while not all(delivery.settled for delivery in flow.deliveries):
             most = max(most, len([row for row in (await flow.store.rows()).values() if row.state != "waiting"]))
             flow.clock.now += 0.1
-            await asyncio.sleep(0.005)
+            await flow.quiet()
         assert flow.outbox.told.count("session.ready") == 5
         assert flow.api.verbs().count("create") == 5
         assert most <= 2
@@ -169,7 +169,7 @@ class TestSlots:
         start(flow)
         while not flow.deliveries[0].settled:
             flow.clock.now += 0.5
-            await asyncio.sleep(0.005)
+            await flow.quiet()
         (answer,) = answers(flow)
         assert answer["error"] == "capacity: all 1 sessions are in use (AVATAR_MAX_SESSIONS)"
         assert flow.api.verbs() == ["create"]
@@ -239,7 +239,7 @@ class TestTakingOver:
         while not flow.deliveries[0].settled:
             flow.clock.now += 0.5
             await flow.tick()
-            await asyncio.sleep(0.005)
+            await flow.quiet()
         assert flow.api.verbs() == ["create", "end", "create", "say"]
 
     async def test_an_old_store_is_cleared_of_what_nobody_needs(self, fleet: Fleet) -> None:
