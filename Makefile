@@ -23,8 +23,8 @@ chaos: setup ## Break everything at random, and see that every promise is kept (
 mutate: setup ## Break each law on purpose, and see that the tests notice
 	@$(RUN) -m tests.mutations $(ARGS)
 
-bench: setup ## Measure whether a hanging conversation, an outage or a listener slows the others
-	@for run in blocked listeners outage; do $(RUN) -m benchmarks.$$run $(ARGS) || exit; done
+bench: setup ## Measure who slows whom: a hang, an outage, a listener, 20,000 commands before an interrupt, a restart
+	@for run in blocked listeners outage interrupts rolling; do $(RUN) -m benchmarks.$$run $(ARGS) || exit; done
 
 lint: setup ## Style, types, licences
 	@$(RUN) -m ruff check

@@ -6,8 +6,8 @@ import os
 import tempfile
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,11 @@ import aiohttp
 from tests.chaos.fleet import Simulator, Worker, running
 from tests.chaos.proxy import Proxy
 from tests.support.brokers import TEST_PLUGINS, empty
-from worker.local.broker import own_broker
+from worker.local.broker import OwnedBroker, own_broker
 
 TURN_CHUNKS = 10
+
+Source = Callable[[], AbstractContextManager[OwnedBroker]]
 
 
 @dataclass(slots=True)
@@ -30,7 +32,8 @@ class Stage:
 
     url: str
     simulator: Simulator
-    worker: Worker
+    workers: list[Worker]
+    http: aiohttp.ClientSession
     channel: aio_pika.abc.AbstractChannel
     folder: Path
     published: dict[str, float] = field(default_factory=dict)
@@ -76,22 +79,23 @@ class Stage:
             await asyncio.sleep(0.5)
 
     def cpu_s(self) -> float:
-        """How much processor time the worker has used."""
-        return cpu_s(self.worker.pid)
+        """How much processor time the first worker has used."""
+        return cpu_s(self.workers[0].pid)
 
 
 @asynccontextmanager
-async def staged(*, latency_ms: float, **settings: str) -> AsyncIterator[Stage]:
-    """One worker on a RabbitMQ of its own, with a store in a file."""
+async def staged(
+    *, latency_ms: float, workers: int = 1, source: Source | None = None, **settings: str
+) -> AsyncIterator[Stage]:
+    """One worker, or several, on a RabbitMQ of their own, from that `source` or any; with a store in a file."""
     async with AsyncExitStack() as stack:
-        broker = stack.enter_context(own_broker(plugins=TEST_PLUGINS))
+        broker = stack.enter_context(source() if source else own_broker(plugins=TEST_PLUGINS))
         url = await stack.enter_async_context(empty(broker))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="avatar-bench-")))
         http = await stack.enter_async_context(aiohttp.ClientSession())
         simulator = Simulator(folder, http, latency_ms)
         await stack.enter_async_context(running(simulator))
         await simulator.listening()
-        proxy = await stack.enter_async_context(Proxy(urlsplit(url).port or 5672).running())
         common = {
             "AVATAR_BASE_URL": simulator.base_url,
             "AVATAR_KS": "chaos-ks",
@@ -99,13 +103,16 @@ async def staged(*, latency_ms: float, **settings: str) -> AsyncIterator[Stage]:
             "STORE_URL": f"sqlite:///{folder / 'ledger.db'}",
             "LOG_FORMAT": "json",
         }
-        worker = Worker("w0", folder, proxy, url, common | settings)
-        await stack.enter_async_context(running(worker))
-        assert await worker.ready(http), worker.fail("was not ready in time")
+        fleet = []
+        for number in range(workers):
+            proxy = await stack.enter_async_context(Proxy(urlsplit(url).port or 5672).running())
+            fleet.append(Worker(f"w{number}", folder, proxy, url, common | settings))
+            await stack.enter_async_context(running(fleet[-1]))
+            assert await fleet[-1].ready(http), fleet[-1].fail("was not ready in time")
         connection = await stack.enter_async_context(await aio_pika.connect(url))
         channel = await connection.channel(publisher_confirms=True, on_return_raises=True)
         print(f"RabbitMQ {broker.version}, API latency {latency_ms:.0f} ms", flush=True)
-        yield Stage(url, simulator, worker, channel, folder)
+        yield Stage(url, simulator, fleet, http, channel, folder)
 
 
 def cpu_s(pid: int) -> float:
