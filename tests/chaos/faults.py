@@ -22,6 +22,8 @@ HEARTBEAT_S = 2
 HOLE_S = 10.0
 STORE_S = 20.0
 """How long a PostgreSQL that was killed stays away."""
+BEGUN_BEFORE_S = 5.0
+"""How long a worker may take to end that was started while it was away."""
 STOP_S = (4.5 * HEARTBEAT_S, 6.0 * HEARTBEAT_S)
 """How long a stopped worker sleeps: longer than the broker waits for its heartbeats."""
 DISMISSED_WITHIN_S = 40.0
@@ -150,6 +152,7 @@ class Saboteur:
         self._simulator = simulator
         self._listener = listener
         self._store = store
+        self._store_is_away = False
         self._http = http
         self._tell = tell
 
@@ -204,12 +207,18 @@ class Saboteur:
             victim.busy = False
 
     async def _recover(self, worker: Worker) -> None:
-        """Wait until it serves again; one that has ended by itself is noted, and started."""
+        """Wait until it serves again; one that has ended by itself is noted, and started.
+
+        None starts without its store, as the README says: whoever runs it starts it again.
+        """
         while not await worker.ready(self._http):
             if worker.runs:
                 raise worker.fail("was not ready in time")
-            self.ended_badly.append(str(worker.fail("ended by itself")))
-            self._tell(f"{worker.name} ended by itself")
+            if self._store_is_away:
+                await asyncio.sleep(1)
+            else:
+                self.ended_badly.append(str(worker.fail("ended by itself")))
+                self._tell(f"{worker.name} ended by itself")
             await worker.start()
 
     async def _choose(self) -> Worker:
@@ -302,10 +311,13 @@ class Saboteur:
         if self._postgres is None:
             return
         note = await self._note(Fault.STORE, "postgresql")
+        self._store_is_away = True
         await asyncio.to_thread(self._postgres.kill)
         await asyncio.sleep(STORE_S)
         await asyncio.to_thread(self._postgres.start)
         self._end(note)
+        await asyncio.sleep(BEGUN_BEFORE_S)
+        self._store_is_away = False
 
     async def _note(self, fault: Fault, victim: str) -> Happened:
         intents = await self._intents()

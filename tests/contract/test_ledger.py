@@ -690,6 +690,24 @@ class TestFile:
             lock.execute("COMMIT")
         assert await asyncio.gather(*asked) == [Grant.GRANTED] * 2
 
+    async def test_a_worker_that_stands_still_while_it_writes_keeps_no_other_from_starting(
+        self, reopened: Callable[[], Awaitable[SqlLedger]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        await reopened()
+        gave_up = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        monkeypatch.setattr("worker.stores.sqlite.BUSY_S", 0.05)
+        monkeypatch.setattr("worker.stores.database.LOCKED_WAITS", 1000)
+        monkeypatch.setattr(
+            "worker.stores.database._log.error", lambda *_, **__: loop.call_soon_threadsafe(gave_up.set)
+        )
+        with closing(sqlite3.connect(tmp_path / "ledger.db", isolation_level=None)) as lock:
+            lock.execute("BEGIN EXCLUSIVE")
+            opening = asyncio.create_task(Database.open(f"sqlite:///{tmp_path / 'ledger.db'}"))
+            await gave_up.wait()
+            lock.execute("COMMIT")
+        await (await opening).close()
+
     async def test_an_error_tells_no_text(
         self, reopened: Callable[[], Awaitable[SqlLedger]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

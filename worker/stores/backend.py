@@ -14,6 +14,10 @@ class Unreachable(Exception):  # noqa: N818 - it names what happened, as Connect
     """The store cannot be used now, whatever is asked of it. Whether what was under way took place is not known."""
 
 
+class Locked(Unreachable):
+    """Another process has held it for long: one that stands still in the middle of a transaction."""
+
+
 class Contended(Exception):  # noqa: N818 - as above
     """Another worker wrote to the same rows at the same time. Nothing took place; it may be tried again at once."""
 

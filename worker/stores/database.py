@@ -18,7 +18,7 @@ from sqlalchemy.dialects.postgresql import ARRAY
 from worker.errors import ConfigurationError
 from worker.ops import logs
 from worker.stores import schema
-from worker.stores.backend import Backend, Contended, T, Unreachable, Work
+from worker.stores.backend import Backend, Contended, Locked, T, Unreachable, Work
 from worker.stores.sqlite import Sqlite
 from worker.stores.tables import facts
 from worker.stores.transaction import Item, Job, Together, Transaction
@@ -30,6 +30,8 @@ LONGEST_PAUSE_S = 5.0
 PATIENCE_S = 5.0
 BATCH = 1000
 CONTENDED_S = 0.05
+LOCKED_WAITS = 5
+"""How often a start waits for `sqlite.BUSY_S` for a worker that holds the file, before it gives up."""
 
 
 class Database:
@@ -59,7 +61,7 @@ class Database:
         """
         backend = await _backend(url)
         try:
-            await backend.write(schema.prepare)
+            await _prepare(backend)
         except (Unreachable, sa.exc.DBAPIError) as error:
             await backend.close()
             raise ConfigurationError(f"STORE_URL: it cannot be used: {text_of(error)}") from None
@@ -203,6 +205,18 @@ class Database:
         _log.error(logs.STORE_FAILED, error=text_of(error), again_in_s=self._pause_s)
         await asyncio.sleep(self._pause_s)
         self._pause_s = min(self._pause_s * 2, LONGEST_PAUSE_S)
+
+
+async def _prepare(backend: Backend) -> None:
+    """Make the tables, or bring them up to date; a file that another worker has locked is waited for."""
+    for _ in range(LOCKED_WAITS):
+        try:
+            await backend.write(schema.prepare)
+        except Locked as error:
+            _log.error(logs.STORE_FAILED, error=str(error), hint="a worker stands still while it writes")
+        else:
+            return
+    await backend.write(schema.prepare)
 
 
 async def _backend(url: str) -> Backend:

@@ -13,17 +13,16 @@ import sqlalchemy as sa
 from sqlalchemy.pool import StaticPool
 
 from worker.errors import ConfigurationError
-from worker.stores.backend import T, Unreachable, Work
+from worker.stores.backend import Locked, T, Unreachable, Work
 
 IN_MEMORY = "sqlite://"
 BUSY_S = 10.0
 """How long a write waits for another process."""
 
 _WAL_PAUSES_S = (0.05,) * 100
-# What has nothing to do with what was asked for.
+_LOCKED = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
+# These, too, have nothing to do with what was asked for.
 _OUT_OF_ORDER = {
-    sqlite3.SQLITE_BUSY,
-    sqlite3.SQLITE_LOCKED,
     sqlite3.SQLITE_FULL,
     sqlite3.SQLITE_IOERR,
     sqlite3.SQLITE_CANTOPEN,
@@ -102,7 +101,10 @@ def _read(engine: sa.Engine, work: Work[T]) -> T:
 
 def _meaning(error: sa.exc.OperationalError) -> Exception:
     assert isinstance(error.orig, sqlite3.Error)
-    return Unreachable(str(error.orig)) if error.orig.sqlite_errorcode & 0xFF in _OUT_OF_ORDER else error
+    code = error.orig.sqlite_errorcode & 0xFF
+    if code in _LOCKED:
+        return Locked(str(error.orig))
+    return Unreachable(str(error.orig)) if code in _OUT_OF_ORDER else error
 
 
 def _log_ahead(engine: sa.Engine) -> None:
