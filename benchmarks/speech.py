@@ -79,7 +79,7 @@ class Load:
 
     async def until(self, condition: Callable[[], bool]) -> None:
         """Return when that is so."""
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(300):
             while not condition():
                 self.news.clear()
                 await self.news.wait()

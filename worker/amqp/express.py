@@ -14,10 +14,10 @@ from schemas import routes
 from schemas.commands import Interrupt
 from worker.amqp import notes, topology
 from worker.amqp.delivery import AmqpDelivery
+from worker.amqp.link import Loss
 from worker.amqp.reading import read
 from worker.amqp.tenure import ChannelTenure
 from worker.core.model import Entry
-from worker.errors import LinkLost
 from worker.ports import Clock
 
 
@@ -37,21 +37,15 @@ class Express:
 
     async def session(self, connection: AbstractConnection) -> None:
         """Consume, and return only by raising: LinkLost when any part of it is lost."""
-        loss: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-
-        def lose(what: str) -> None:
-            if not loss.done():
-                loss.set_result(what)
-
-        connection.close_callbacks.add(lambda _, error: lose(f"connection closed: {error}"))
+        loss = Loss(connection)
         await self.declared.wait()
         outer = await connection.channel(publisher_confirms=False)
-        outer.close_callbacks.add(lambda _, error: lose(f"channel of express interrupts closed ({error})"))
+        outer.close_callbacks.add(lambda _, error: loss.of(f"channel of express interrupts closed ({error})"))
         queue = await outer.declare_queue(exclusive=True)
         await queue.bind(routes.INTERRUPTS)
         await queue.bind(topology.WORKERS)
         channel = await outer.get_underlay_channel()
-        channel.on_consumer_cancel_callbacks.add(lambda _: lose("consumer of express interrupts cancelled"))
+        channel.on_consumer_cancel_callbacks.add(lambda _: loss.of("consumer of express interrupts cancelled"))
         tenure = ChannelTenure.of_no_partition(outer)
         moves_partitions = topology.moves_partitions(connection)
 
@@ -70,6 +64,6 @@ class Express:
         await channel.basic_consume(queue.name, receive, no_ack=True)
         self.ready.set()
         try:
-            raise LinkLost(await loss)
+            await loss.wait()
         finally:
             self.ready.clear()

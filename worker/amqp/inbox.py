@@ -16,13 +16,12 @@ from schemas import routes
 from worker.amqp import notes, topology
 from worker.amqp.delivery import AmqpDelivery
 from worker.amqp.express import Express
-from worker.amqp.link import LOSSES, named_losses
+from worker.amqp.link import LOSSES, Loss, named_losses
 from worker.amqp.reading import understand
 from worker.amqp.tenure import ChannelTenure, RaiseEpoch
 from worker.amqp.topology import Record
 from worker.core.model import Entry, Marker, Misfit
 from worker.core.ownership import score
-from worker.errors import LinkLost
 from worker.ops import logs
 from worker.ops.metrics import Metrics
 from worker.ports import Clock
@@ -89,22 +88,16 @@ class Inbox:
         """Declare, consume, and return only by raising: LinkLost when any part of it is lost."""
         await topology.declare(connection, self._wanted)
         self.express.declared.set()
-        loss: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-
-        def lose(what: str) -> None:
-            if not loss.done():
-                loss.set_result(what)
-
-        connection.close_callbacks.add(lambda _, error: lose(f"connection closed: {error}"))
+        loss = Loss(connection)
         self._rejoining = []
         announcing: asyncio.Task[None] | None = None
         try:
             if not self._leaving.is_set():
-                await self._join_all(connection, lose)
+                await self._join_all(connection, loss)
                 announcing = asyncio.create_task(self._announce())
             _log.info(logs.BROKER_CONNECTED, partitions=self._wanted.partitions)
             self.ready.set()
-            raise LinkLost(await loss)
+            await loss.wait()
         finally:
             self.ready.clear()
             beside = [*self._rejoining, *filter(None, [announcing])]
@@ -115,13 +108,13 @@ class Inbox:
                 tenure.end()
                 self._receiver.forget(tenure)
 
-    async def _join_all(self, connection: AbstractConnection, lose: Callable[[str], None]) -> None:
+    async def _join_all(self, connection: AbstractConnection, loss: Loss) -> None:
         partitions = range(self._wanted.partitions)
         # First, so as to hear of every worker that joins a partition later.
         await self.express.ready.wait()
         for partition in partitions:
-            await self._join(connection, partition, lose)
-        self._rejoining = [asyncio.create_task(self._rejoin(connection, partition, lose)) for partition in partitions]
+            await self._join(connection, partition, loss)
+        self._rejoining = [asyncio.create_task(self._rejoin(connection, partition, loss)) for partition in partitions]
 
     async def leave(self) -> None:
         """Leave each partition as soon as nothing is under way there: others go on with it while the rest ends here."""
@@ -136,7 +129,7 @@ class Inbox:
         for tenure in self._tenures.values():
             tenure.end()
 
-    async def _rejoin(self, connection: AbstractConnection, partition: int, lose: Callable[[str], None]) -> None:
+    async def _rejoin(self, connection: AbstractConnection, partition: int, loss: Loss) -> None:
         """Whenever the partition has another owner, or is to have one, leave it and queue up for it again."""
         while not self._leaving.is_set():
             tenure = self._tenures[partition]
@@ -157,12 +150,12 @@ class Inbox:
                 with named_losses():
                     await tenure.close()
                     if not self._leaving.is_set():
-                        await self._join(connection, partition, lose)
+                        await self._join(connection, partition, loss)
             except LOSSES as error:
-                lose(f"partition {partition} could not be joined again: {error}")
+                loss.of(f"partition {partition} could not be joined again: {error}")
                 return
 
-    async def _join(self, connection: AbstractConnection, partition: int, lose: Callable[[str], None]) -> None:
+    async def _join(self, connection: AbstractConnection, partition: int, loss: Loss) -> None:
         queue = routes.partition_queue(partition)
         outer = await connection.channel(publisher_confirms=False)
         await outer.set_qos(self._wanted.prefetch)
@@ -171,7 +164,7 @@ class Inbox:
 
         def lose_channel(what: str) -> None:
             if tenure.open:
-                lose(f"{what} of {queue}")
+                loss.of(f"{what} of {queue}")
 
         outer.close_callbacks.add(lambda _, error: lose_channel(f"channel closed ({error})"))
         channel.on_consumer_cancel_callbacks.add(lambda _: lose_channel("consumer cancelled by the broker"))

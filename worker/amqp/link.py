@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import random
 from collections.abc import Awaitable, Callable, Iterator
+from typing import Never
 from urllib.parse import urlsplit
 
 import structlog
@@ -63,6 +64,27 @@ def named_losses() -> Iterator[None]:
         if type(error) is not Exception:
             raise
         raise LinkLost("the connection went away meanwhile") from None
+
+
+class Loss:
+    """How a session learns that its connection, or something on it, is lost: whoever notices first says `of` what."""
+
+    def __init__(self, connection: AbstractConnection) -> None:
+        self._what: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        connection.close_callbacks.add(lambda _, error: self.of(f"connection closed: {error}"))
+
+    def of(self, what: str) -> None:
+        """That is lost."""
+        if not self._what.done():
+            self._what.set_result(what)
+
+    async def wait(self) -> Never:
+        """Return only by raising.
+
+        Raises:
+            LinkLost: as soon as anything is lost.
+        """
+        raise LinkLost(await self._what)
 
 
 class Link:

@@ -21,12 +21,11 @@ from schemas import routes
 from schemas.events import CONTENT_TYPE, Event, encode
 from worker.amqp import topology
 from worker.amqp.delivery import AmqpDelivery
-from worker.amqp.link import LOSSES, named_losses
+from worker.amqp.link import LOSSES, Loss, named_losses
 from worker.amqp.notes import joined, knock, marker
 from worker.amqp.parked import parked_copy
 from worker.core.model import ReplyTo
 from worker.core.verdict import Parked
-from worker.errors import LinkLost
 from worker.ops import logs
 from worker.ops.metrics import Metrics
 from worker.ports import Clock, Delivery
@@ -57,22 +56,16 @@ class Outbox:
 
     async def session(self, connection: AbstractConnection) -> None:
         """Open the channels, and return only by raising: LinkLost when one of them is lost."""
-        loss: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-
-        def lose(what: str) -> None:
-            if not loss.done():
-                loss.set_result(what)
-
-        connection.close_callbacks.add(lambda _, error: lose(f"connection closed: {error}"))
+        loss = Loss(connection)
         events = await connection.channel()
         parking = await connection.channel(on_return_raises=True)
         for channel in (events, parking):
-            channel.close_callbacks.add(lambda _, error: lose(f"publishing channel closed: {error}"))
+            channel.close_callbacks.add(lambda _, error: loss.of(f"publishing channel closed: {error}"))
         await topology.declare_outgoing(events)
         self._events, self._parking = events, parking
         self.ready.set()
         try:
-            raise LinkLost(await loss)
+            await loss.wait()
         finally:
             self.ready.clear()
 
