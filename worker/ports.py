@@ -81,8 +81,8 @@ class AvatarApi(Protocol):
     async def create(self, wanted: Open) -> tuple[CallResult, Session | None]:
         """Create a session; there is one exactly if the result is OK."""
 
-    async def say(self, session: Session, piece: Piece) -> CallResult:
-        """Hand over a piece."""
+    async def say(self, session: Session, piece: Piece, still: Callable[[], bool] = lambda: True) -> CallResult:
+        """Hand over a piece, unless it is not to be said any more: asked when nothing can come in between."""
 
     async def interrupt(self, session: Session) -> CallResult:
         """Stop what is being spoken."""

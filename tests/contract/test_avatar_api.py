@@ -18,7 +18,7 @@ from tests.support.simulator import Simulator
 from worker.avatar import faults
 from worker.avatar.client import Api, AvatarClient
 from worker.avatar.credentials import FixedKs
-from worker.core.model import CallKind, CallResult, Part, Piece, Session
+from worker.core.model import TOO_LATE, CallKind, CallResult, Part, Piece, Session
 from worker.core.work import Open
 from worker.ops.metrics import Metrics
 
@@ -88,6 +88,20 @@ class TestSuccess:
         created, said = await simulator.calls()
         assert created["body"] == {"visualConfig": {"avatarId": "ann"}, "voiceConfig": {"id": "v1", "speed": 1.1}}
         assert said["body"] == {"text": 'Grüße, 👋 "you"\n', "turnId": "t1", "isFinal": False}
+
+    async def test_what_is_not_to_be_said_any_more_when_its_bytes_would_leave_never_arrives(
+        self, client: AvatarClient, session: Session, simulator: Simulator
+    ) -> None:
+        asked: list[int] = []
+
+        def still() -> bool:
+            asked.append(len(client._http.connector._acquired))  # type: ignore[union-attr]
+            return False
+
+        assert await client.say(session, piece("no"), still) is TOO_LATE
+        assert asked == [1], "there was a connection, and nothing left to wait for"
+        assert (await client.say(session, piece("yes"))).kind is CallKind.OK
+        assert [one["body"]["text"] for one in await simulator.calls() if one["route"] == "say-text"] == ["yes"]
 
     async def test_a_session_remembers_what_it_was_made_with(self, session: Session) -> None:
         assert (session.avatar_id, session.voice_id, session.voice_speed) == ("ann", "v1", 1.1)

@@ -58,7 +58,7 @@ class Avatar:
     async def create(self, wanted: Open) -> tuple[CallResult, Session | None]:
         return OK, Session("s", "t", wanted.avatar_id)
 
-    async def say(self, _: Session, piece: Piece) -> CallResult:
+    async def say(self, _: Session, piece: Piece, __: object = None) -> CallResult:
         self.said.append(piece)
         if not self.hanging or piece.turn_id in self.hanging:
             await self.gate.wait()

@@ -95,7 +95,7 @@ class FakeApi:
         session = Session(session_id, "token", wanted.avatar_id, wanted.voice_id)
         return result, session if result.kind is CallKind.OK else None
 
-    async def say(self, session: Session, piece: Piece) -> CallResult:
+    async def say(self, session: Session, piece: Piece, _still: object = None) -> CallResult:
         return await self._call("say", session.session_id, piece.text)
 
     async def interrupt(self, session: Session) -> CallResult:

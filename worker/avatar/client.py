@@ -6,15 +6,17 @@ Retrying is the lane's business, since only the lane knows what may come after w
 import base64
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Self
 from urllib.parse import quote
 
 import aiohttp
+from aiohttp.abc import AbstractStreamWriter
 
 from worker.avatar import faults
 from worker.avatar.credentials import KsSource, NoKs
-from worker.core.model import CallKind, CallResult, Piece, Session, Viewer
+from worker.core.model import TOO_LATE, CallKind, CallResult, Piece, Session, Viewer
 from worker.core.work import Open
 from worker.ops.metrics import Metrics
 
@@ -40,6 +42,29 @@ class Api:
     interrupt_timeout_s: float = 2.0
 
 
+def _dumps(document: object) -> str:
+    return json.dumps(document, ensure_ascii=False, separators=(",", ":"))
+
+
+class _Revocable(aiohttp.JsonPayload):
+    """A body that is asked for at the last moment: aiohttp sends the headers with its first bytes."""
+
+    def __init__(self, document: dict[str, Any], still: Callable[[], bool]) -> None:
+        super().__init__(document, dumps=_dumps)
+        self.revoked = False
+        self._still = still
+
+    async def write_with_length(self, writer: AbstractStreamWriter, content_length: int | None) -> None:
+        """Write it all, or nothing."""
+        if not self._still():
+            self.revoked = True
+            raise aiohttp.ClientConnectionError(TOO_LATE.error)
+        await super().write_with_length(writer, content_length)
+
+
+_Body = dict[str, Any] | _Revocable
+
+
 class AvatarClient:
     """`ports.AvatarApi` over HTTP. Close it when done: `async with AvatarClient(...) as client`."""
 
@@ -49,7 +74,6 @@ class AvatarClient:
         self._metrics = metrics or Metrics()
         self._http = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_IDLE_CONNECTION_S),
-            json_serialize=lambda document: json.dumps(document, ensure_ascii=False, separators=(",", ":")),
         )
 
     async def __aenter__(self) -> Self:
@@ -69,10 +93,10 @@ class AvatarClient:
             return none.result, None
         return result, session
 
-    async def say(self, session: Session, piece: Piece) -> CallResult:
-        """Hand over a piece."""
-        body = {"text": piece.text, "turnId": piece.turn_id, "isFinal": piece.is_final}
-        return (await self._on_session(session, "say-text", body, self._api.timeout_s))[0]
+    async def say(self, session: Session, piece: Piece, still: Callable[[], bool] = lambda: True) -> CallResult:
+        """Hand over a piece, if it is still to be said when its bytes leave: a process may be stopped at any place."""
+        document = {"text": piece.text, "turnId": piece.turn_id, "isFinal": piece.is_final}
+        return (await self._on_session(session, "say-text", _Revocable(document, still), self._api.timeout_s))[0]
 
     async def interrupt(self, session: Session) -> CallResult:
         """Stop what is being spoken."""
@@ -123,14 +147,12 @@ class AvatarClient:
                 return result, session
         return _incomplete(result, "sessionId and token"), None
 
-    async def _on_session(
-        self, session: Session, verb: str, body: dict[str, Any], timeout_s: float
-    ) -> tuple[CallResult, Any]:
+    async def _on_session(self, session: Session, verb: str, body: _Body, timeout_s: float) -> tuple[CallResult, Any]:
         url = f"{self._api.base_url}/{quote(session.session_id, safe='')}/{verb}"
         return await self._post(url, f"Bearer {session.token}", body, timeout_s, verb)
 
     async def _post(
-        self, url: str, authorization: str | None, body: dict[str, Any], timeout_s: float, route: str
+        self, url: str, authorization: str | None, body: _Body, timeout_s: float, route: str
     ) -> tuple[CallResult, Any]:
         begun = time.monotonic()
         result, document = await self._answer(url, authorization, body, timeout_s, creating=route == _CREATE)
@@ -138,12 +160,13 @@ class AvatarClient:
         return result, document
 
     async def _answer(
-        self, url: str, authorization: str | None, body: dict[str, Any], timeout_s: float, *, creating: bool
+        self, url: str, authorization: str | None, body: _Body, timeout_s: float, *, creating: bool
     ) -> tuple[CallResult, Any]:
         timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=min(timeout_s, _CONNECT_S))
         headers = {"Authorization": authorization} if authorization else {}
         try:
-            request = self._http.post(url, json=body, headers=headers, timeout=timeout, allow_redirects=False)
+            payload = body if isinstance(body, _Revocable) else aiohttp.JsonPayload(body, dumps=_dumps)
+            request = self._http.post(url, data=payload, headers=headers, timeout=timeout, allow_redirects=False)
             async with request as answer:
                 document = faults.parsed(await answer.read())
                 retry_after = answer.headers.get("Retry-After")
@@ -151,6 +174,8 @@ class AvatarClient:
                 result = faults.of_answer(answer.status, document, retry_after, creating=creating, secret=secret)
                 return result, document
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            if isinstance(body, _Revocable) and body.revoked:
+                return TOO_LATE, None
             return faults.of_exception(error), None
 
 

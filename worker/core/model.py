@@ -172,6 +172,10 @@ class CallResult:
     local: bool = False
 
 
+TOO_LATE = CallResult(CallKind.NOT_TAKEN, error="it came too late to be made", local=True)
+"""Nothing was called: the turn is silent meanwhile, or the time is over within which the call had to begin."""
+
+
 def speak_of(entry: Entry) -> Speak:
     """The command of an entry known to be speech."""
     assert isinstance(entry.command, Speak)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import structlog
 
 from schemas.events import EndReason
-from worker.core.model import CallKind, CallResult, Session, Viewer
+from worker.core.model import TOO_LATE, CallKind, CallResult, Session, Viewer
 from worker.core.work import Attach, Call, CallInterrupt, Close, InitClient, Open, Say
 from worker.ops import logs
 from worker.ports import AvatarApi, Clock, Held, HeldState, Refusal, SessionStore, Slots
@@ -97,9 +97,9 @@ class Desk:
         """Make one call when the line is free, if it is `still` wanted then; returns what came of it."""
         async with self.line(conversation_id):
             if not still():
-                return CallResult(CallKind.NOT_TAKEN, error="it came too late to be made", local=True), None
+                return TOO_LATE, None
             try:
-                result, got = await self._call(conversation_id, call)
+                result, got = await self._call(conversation_id, call, still)
             except Exception as error:  # noqa: BLE001 - a bug of ours is no reason to forget that something was sent
                 result, got = CallResult(CallKind.UNKNOWN, error=type(error).__name__), None
                 _log.exception(logs.CALL_FAILED, conversation_id=conversation_id, call=type(call).__name__)
@@ -139,7 +139,9 @@ class Desk:
             await self.lose(conversation_id)
         return result
 
-    async def _call(self, conversation_id: str, call: Call) -> tuple[CallResult, Session | Viewer | None]:
+    async def _call(
+        self, conversation_id: str, call: Call, still: Callable[[], bool]
+    ) -> tuple[CallResult, Session | Viewer | None]:
         match call:
             case Open():
                 return await self._create(conversation_id, call)
@@ -150,7 +152,7 @@ class Desk:
                 lease = await self._lease(conversation_id)
                 if lease is None:
                     return CallResult(CallKind.STALE), None
-                result, viewer = await self._call_on(conversation_id, lease.held.session, call)
+                result, viewer = await self._call_on(conversation_id, lease.held.session, call, still)
                 if result.kind is CallKind.GONE and not isinstance(call, Close):
                     await self.lose(conversation_id)
                 return result, viewer
@@ -209,11 +211,15 @@ class Desk:
                 _log.error(logs.STORE_FAILED, conversation_id=conversation_id, error=str(error))
 
     async def _call_on(
-        self, conversation_id: str, session: Session, call: Say | CallInterrupt | InitClient | Close
+        self,
+        conversation_id: str,
+        session: Session,
+        call: Say | CallInterrupt | InitClient | Close,
+        still: Callable[[], bool],
     ) -> tuple[CallResult, Viewer | None]:
         match call:
             case Say():
-                return await self.api.say(session, call.piece), None
+                return await self.api.say(session, call.piece, still), None
             case CallInterrupt():
                 return await self.api.interrupt(session), None
             case InitClient():
