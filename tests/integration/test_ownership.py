@@ -32,7 +32,7 @@ class Mouth(Avatar):
     name: str = ""
     transcript: "list[tuple[float, str, str, str]]" = None  # type: ignore[assignment]  # always given
 
-    async def say(self, session: Session, piece: Piece, _: object = None) -> CallResult:
+    async def say(self, session: Session, piece: Piece, __: object = None) -> CallResult:
         self.transcript.append((asyncio.get_running_loop().time(), self.name, piece.turn_id, piece.text))
         await asyncio.sleep(LATENCY_S)
         return await super().say(session, piece)
