@@ -78,7 +78,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a lost partition is left by closing its channel, not by cancelling",
-        "worker/amqp/inbox.py",
+        "worker/amqp/tenure.py",
         "        await self._channel.close()",
         "        channel = await self._channel.get_underlay_channel()\n"
         "        for tag in list(channel.consumers):\n            await channel.basic_cancel(tag)",
