@@ -130,7 +130,9 @@ async def _play(stage: _Stage, options: Options, demand: Demand, note: Callable[
         await stage.simulator.control("POST", "faults", faults.api_faults(options.seed))
         producing = group.create_task(producers.run())
         begun = time.monotonic()
-        await saboteur.run(faults.plan(options.seed, demand, options.seconds), demand)
+        # What needs the store can happen only while it is there.
+        away_s = faults.STORE_S * demand.counts.get(Fault.STORE, 0)
+        await saboteur.run(faults.plan(options.seed, demand, options.seconds + away_s), demand)
         seconds = time.monotonic() - begun
         note("healed; waiting for the rest")
         await stage.simulator.control("DELETE", "faults")
