@@ -17,7 +17,7 @@ TOKENS_PER_S = 40
 
 async def main(seconds: float, rate: float) -> int:
     """0: the others' p99 stays within twice what it was."""
-    async with staged(latency_ms=40, SPEECH_SHAPING="off") as stage:
+    async with staged(latency_ms=40) as stage:
         await stage.all_talk([*OTHERS, BLOCKED], 1, 2)
         await stage.quiet(stage.published, 60)
         session = await _session(stage.simulator, BLOCKED)

@@ -19,7 +19,7 @@ FULL: FieldTable = {"x-max-length": 1, "x-overflow": "reject-publish"}
 
 async def main(seconds: float, rate: float) -> int:
     """0: whoever listens, or does not, speech is as fast."""
-    async with staged(latency_ms=40, SPEECH_SHAPING="off") as stage:
+    async with staged(latency_ms=40) as stage:
         await stage.all_talk(NAMES, rate, 5)
         await stage.quiet(stage.published, 60)
         p99: dict[str, float] = {}
