@@ -46,7 +46,7 @@ async def test_a_stalled_tail_is_spoken_and_the_turn_closes(flow: Flow) -> None:
 
 
 async def test_a_stopping_worker_leaves_the_tail_to_its_successor(flow: Flow, fleet: Fleet) -> None:
-    flow.lanes._rules = replace(QUICK, stall_first_s=3600)
+    flow.lanes._rules = replace(QUICK, stall_first_s=3600, stall_s=3600, auto_final_s=3600)
     flow.speak(SENTENCE)
     flow.speak("And **more")
     await flow.said(SENTENCE)
