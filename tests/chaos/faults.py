@@ -4,7 +4,7 @@ import asyncio
 import random
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
@@ -13,7 +13,7 @@ import aiohttp
 
 from tests.chaos import stores
 from tests.chaos.fleet import Simulator, Worker
-from tests.chaos.stores import Store
+from tests.chaos.stores import Intent, Store
 from tests.chaos.traffic import Listener
 from tests.support.postgres import OwnedPostgres
 from worker.local.broker import OwnedBroker
@@ -233,12 +233,14 @@ class Saboteur:
             await asyncio.sleep(0.05)
 
     async def _kill(self, victim: Worker) -> None:
-        await self._say_under_way(victim)
-        note = await self._note(Fault.KILL, victim.name)
+        intents = await self._say_under_way(victim)
+        # At once: the say would be over while the store is asked again.
+        begun = time.monotonic()
         victim.send(signal.SIGKILL)
-        self._end(note)
         await victim.ended(10)
-        note.intents |= await self._intents()
+        note = await self._note(Fault.KILL, victim.name)
+        note.begun = begun
+        note.intents |= intents
         await asyncio.sleep(self._dice.choice((0, 0, 0.5, 2)))
         await victim.start()
 
@@ -281,14 +283,17 @@ class Saboteur:
             group.create_task(self._watch_intents(note, HOLE_S))
         self._end(note)
 
-    async def _say_under_way(self, speaker: Worker) -> None:
-        """Wait a moment for one, so that few kills strike an idle worker."""
-        known = await self._begun(speaker)
+    async def _say_under_way(self, speaker: Worker) -> set[tuple[str, str]]:
+        """Wait a moment for one, so that few kills strike an idle worker; the intents that stood open then."""
+        found = await stores.intents(self._store)
+        known = _begun(found, speaker)
         for _ in range(200):
             await asyncio.sleep(0.005)
-            if await self._begun(speaker) - known:
+            found = await stores.intents(self._store)
+            if _begun(found, speaker) - known:
                 await asyncio.sleep(0.02)
-                return
+                break
+        return _named(found)
 
     async def _watch_intents(self, note: Happened, seconds: float) -> None:
         """Whoever has lost its link goes on for as long as it does not know."""
@@ -333,9 +338,13 @@ class Saboteur:
 
     async def _intents(self) -> set[tuple[str, str]]:
         """The pieces whose outcome is not known, by conversation."""
-        return {(one.conversation, one.text) for one in await stores.intents(self._store)}
+        return _named(await stores.intents(self._store))
 
-    async def _begun(self, speaker: Worker) -> set[tuple[str, float]]:
-        """When each of them was begun that this worker says."""
-        found = await stores.intents(self._store)
-        return {(one.conversation, one.begun) for one in found if one.owner == speaker.name}
+
+def _named(intents: Iterable[Intent]) -> set[tuple[str, str]]:
+    return {(one.conversation, one.text) for one in intents}
+
+
+def _begun(intents: Iterable[Intent], speaker: Worker) -> set[tuple[str, float]]:
+    """When each of them was begun that this worker says."""
+    return {(one.conversation, one.begun) for one in intents if one.owner == speaker.name}

@@ -5,10 +5,11 @@ from dataclasses import replace
 
 import pytest
 
-from tests.flow.conftest import Flow
+from tests.flow.conftest import Fleet, Flow
 from tests.support.conversation import express, interrupt, wire
 from tests.support.fakes import until
 from worker.core.model import Entry
+from worker.ports import Grant
 
 
 def stop_(flow: Flow, turn_id: str | None = None) -> Entry:
@@ -182,6 +183,39 @@ class TestTheTenureEnds:
             await flow.lanes.abandon()
         assert flow.told("interrupt.done") == []
         await until(lambda: not any(flow.api.interrupting.values()), "the call is cut")
+
+    async def test_a_copy_is_not_acknowledged_when_what_was_to_tell_of_the_other_is_refused(
+        self, flow: Flow, fleet: Fleet
+    ) -> None:
+        await spoke(flow)
+        flow.lanes.tenure_of = {flow.tenure.partition: flow.tenure}.get
+        answered = flow.api.gates["interrupt"] = asyncio.Event()
+        recalled = flow.ledger.gates["recall"] = asyncio.Event()
+        recorded = flow.ledger.gates["record"] = asyncio.Event()
+        before = flow.ledger.asked["record"]
+        flow.lanes.hear(express(stop_(flow, "t1")))  # as long as it is called, the lane stays
+        await until(lambda: flow.ledger.asked["recall"] == 2)
+        beside = fleet.join("w2")
+        memory = await beside.ledger.recall("c1")
+        memory.turn("t9", flow.clock())
+        changes = memory.take_changes()
+        assert changes is not None
+        assert await beside.ledger.record("c1", changes, outcome=False) is Grant.GRANTED
+        recalled.set()
+        await until(lambda: flow.ledger.asked["record"] == before + 1)
+        flow.lanes.hear(express(stop := stop_(flow, "t2")))
+        await until(lambda: flow.ledger.asked["record"] == before + 2, "the first copy has ended")
+        flow.deliver(stop)
+        await flow.quiet()
+        recorded.set()
+        await until(lambda: flow.tenure.refusals, "refused")
+        await flow.quiet()
+        assert flow.deliveries[-1].settled == 0
+        assert flow.told("interrupt.done") == []
+        flow.redeliver()
+        answered.set()
+        await flow.all_settled()
+        assert len({event.id("s") for event in flow.told("interrupt.done")}) == 1
 
     async def test_stopping_waits_for_the_answer(self, flow: Flow) -> None:
         await spoke(flow)

@@ -87,6 +87,7 @@ class Runner:
         self._memory = Memory()
         self._book = Book(conversation_id, self._memory)
         self._lane = Lane(self._book, rules)
+        self._written: asyncio.Future[Grant] | None = None
         self._admitting = asyncio.Lock()
         self._in_call = False
         self._called = asyncio.Event()
@@ -414,6 +415,7 @@ class Runner:
         self._book = Book(self.conversation_id, memory)
         self._lane = Lane(self._book, self._rules)
         self._lane.begin(session, lost)
+        self._written = None
 
     async def _call(self, call: Call, ended: Sequence[Conclusion]) -> CallResult | None:
         """The intent is written, the call made, its outcome recorded: in this order, or not at all.
@@ -428,6 +430,8 @@ class Runner:
             self._ledger.intend(self.conversation_id, changes, tenure.partition, self._epoch, self._meant_for(call))
         )
         self._settler.submit(ended, intent)
+        if changes is not None:
+            self._written = intent
         grant = await intent
         if grant is Grant.OUTDATED:
             if self._tenure is tenure:
@@ -469,11 +473,17 @@ class Runner:
             self._tenure = None
 
     def _submit(self, conclusions: Sequence[Conclusion], *, outcome: bool = False) -> None:
+        """Have what is new written, and the conclusions carried out if that is granted.
+
+        What changes nothing stands on what was written last: an interrupt's second copy is only acknowledged, but not
+        if what was to tell of the first was refused.
+        """
         changes, tenure = self._memory.take_changes(), self._tenure
-        if changes is None:
-            self._settler.submit(conclusions)
+        if changes is not None:
+            self._written = asyncio.ensure_future(self._ledger.record(self.conversation_id, changes, outcome=outcome))
+        elif not conclusions:
             return
-        recorded = asyncio.ensure_future(self._ledger.record(self.conversation_id, changes, outcome=outcome))
+        written = self._written
 
         def look(written: asyncio.Future[Grant]) -> None:
             # What ends here is not told, and must come again: to whoever has the conversation now.
@@ -481,8 +491,9 @@ class Runner:
                 tenure.refused()
                 self.forget(tenure)
 
-        recorded.add_done_callback(look)
-        self._settler.submit(conclusions, recorded)
+        if written is not None:
+            written.add_done_callback(look)
+        self._settler.submit(conclusions, written)
 
 
 async def _before(event: asyncio.Event, seconds: float) -> None:
