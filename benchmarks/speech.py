@@ -5,19 +5,21 @@
 
 A private RabbitMQ a run (or the one in AMQP_URL: fresh, and for one run), the simulator and one worker, each a process.
 A piece is *decided* when the token that its cut depends on is published, and *leaves* when its call reaches the
-simulator, so the time between includes the broker, the ledger and this script's own delays. The sessions are there
-before the first word.
+simulator, so the time between includes the broker, the ledger and this script's own delays. "From arrival" counts from
+when the worker was handed that token, and is what it says itself in `/metrics`. The sessions are there before the first
+word.
 """
 
 import argparse
 import asyncio
 import json
+import math
 import re
 import statistics
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +31,7 @@ import aio_pika
 import aiohttp
 import uvloop
 from aio_pika.abc import AbstractExchange, AbstractIncomingMessage
+from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.stage import cpu_s, message
 from worker.core.shaping.shaper import Shaper, Shaping
@@ -75,6 +78,7 @@ class Load:
     completed: int = 0
     waiting: list[int] = field(default_factory=list)
     cpu_s: float = 0.0
+    first_words: list[tuple[float, float]] = field(default_factory=list)
     news: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def until(self, condition: Callable[[], bool]) -> None:
@@ -167,12 +171,37 @@ async def measure(url: str, folder: Path, latency_ms: int, args: argparse.Namesp
             "STORE_URL": f"sqlite:///{folder / f'{latency_ms}.db'}",
         }
         worker = await stack.enter_async_context(backstage.running("worker", "-m", "worker", "run", settings=settings))
-        await worker.answers(f"http://127.0.0.1:{port}/readyz")
+        ops = f"http://127.0.0.1:{port}"
+        await worker.answers(f"{ops}/readyz")
         used = cpu_s(worker.process.pid)
         load = await drive(url, args)
         load.cpu_s = cpu_s(worker.process.pid) - used
-        async with aiohttp.ClientSession() as http, http.get(urljoin(api_url, "/_control/transcript")) as answer:
-            return load, await answer.json()
+        async with aiohttp.ClientSession() as http:
+            async with http.get(f"{ops}/metrics") as answer:
+                load.first_words = buckets(await answer.text())
+            async with http.get(urljoin(api_url, "/_control/transcript")) as answer:
+                return load, await answer.json()
+
+
+def buckets(exposition: str) -> list[tuple[float, float]]:
+    """Of the first pieces, how many (second) left within how many seconds (first) of the token that decided them."""
+    return [
+        (float(sample.labels["le"]), sample.value)
+        for family in text_string_to_metric_families(exposition)
+        for sample in family.samples
+        if sample.name == "avatar_worker_first_words_seconds_bucket"
+    ]
+
+
+def quantile_ms(buckets: Sequence[tuple[float, float]], share: float) -> float:
+    """Where in its bucket that share would lie if all in it were spread evenly; NaN: beyond the last."""
+    wanted = share * buckets[-1][1]
+    low, below = 0.0, 0.0
+    for high, count in buckets[:-1]:
+        if count >= wanted:
+            return 1000 * (low + (high - low) * (wanted - below) / (count - below))
+        low, below = high, count
+    return math.nan
 
 
 def report(latency_ms: int, load: Load, transcript: dict[str, Any]) -> dict[str, float]:
@@ -204,6 +233,8 @@ def report(latency_ms: int, load: Load, transcript: dict[str, Any]) -> dict[str,
         "calls": sum(map(len, begun.values())),
         "worker's CPU ms per chunk": round(1000 * load.cpu_s / load.chunks, 2),
         "chunks per call": round(load.chunks / sum(map(len, begun.values())), 1),
+        "first piece from arrival p50": round(quantile_ms(load.first_words, 0.5), 1),
+        "first piece from arrival p95": round(quantile_ms(load.first_words, 0.95), 1),
         "first piece p50 ms": round(statistics.median(first), 1),
         "first piece p95 ms": round(statistics.quantiles(first, n=20)[18], 1),
         "any piece p50 ms": round(statistics.median(all_), 1),
@@ -229,7 +260,7 @@ def main() -> int:
             sys.stdout.write(f"RabbitMQ {broker.version}, {broker.kind}; Python {sys.version.split()[0]}\n")
             rows.append(report(latency_ms, *uvloop.run(measure(broker.url, Path(folder), latency_ms, args))))
     for name in rows[0]:
-        sys.stdout.write(f"{name:28}" + "".join(f"{row[name]:>10}" for row in rows) + "\n")
+        sys.stdout.write(f"{name:30}" + "".join(f"{row[name]:>10}" for row in rows) + "\n")
     return 0
 
 

@@ -147,3 +147,15 @@ def test_the_age_of_a_piece_is_that_of_its_oldest_chunk() -> None:
     assert {speak_of(one).text for one in talk.book.chunks()} == {"a", "b"}
     talk.now = 9.0
     assert talk.say().piece.born == 7.0
+
+
+def test_a_piece_knows_the_chunk_that_decided_it() -> None:
+    talk = Conversation(rules=PATIENT)
+    chunks = [speak("t1", text) for text in ("This is the first sentence. And", " then", " comes", " more.")]
+    talk.offer(*chunks[:1])
+    assert isinstance(talk.next(), Wait)
+    talk.offer(*chunks[1:])
+    assert talk.say().piece.decided_by is chunks[1]
+    talk.done(OK)
+    talk.offer(end := speak("t1", "", final=True))
+    assert talk.say().piece.decided_by is end

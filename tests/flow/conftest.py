@@ -159,7 +159,7 @@ class Flow:
 
     def deliver(self, one: Entry, name: str = "") -> Entry:
         """Deliver what may have been delivered before."""
-        delivery = FakeDelivery(self.outbox, name, self.tenure)
+        delivery = FakeDelivery(self.outbox, name, self.tenure, received=self.clock())
         one = replace(one, delivery=delivery)
         self.deliveries.append(delivery)
         self.entries.append(one)

@@ -37,6 +37,20 @@ async def test_accepted_speech(flow: Flow) -> None:
     assert value(flow.metrics.registry, "possible_duplicates_total") == 0
 
 
+async def test_how_long_the_first_words_of_a_turn_took(flow: Flow) -> None:
+    recalled = flow.ledger.gates["recall"] = asyncio.Event()
+    flow.speak("one", final=True)
+    await until(lambda: flow.ledger.asked["recall"])
+    flow.clock.now += 2
+    recalled.set()
+    flow.speak("A second turn, which is spoken in several pieces. ", turn_id="t2")
+    flow.speak("This is what follows. ", turn_id="t2", final=True)
+    await counted(flow, "speech.accepted", 3)
+    assert len(flow.api.said) == 3
+    assert value(flow.metrics.registry, "first_words_seconds_count") == 2
+    assert value(flow.metrics.registry, "first_words_seconds_sum") == 2
+
+
 async def test_speech_that_fails_and_the_rest_of_its_turn(flow: Flow) -> None:
     flow.api.results["say"] = [REFUSED]
     flow.speak("one")

@@ -188,6 +188,7 @@ class FakeDelivery:
     outbox: FakeOutbox
     name: str = ""
     tenure: FakeTenure = field(default_factory=FakeTenure)
+    received: float = 0.0
     settled: int = 0
 
     async def settle(self) -> bool:

@@ -85,7 +85,8 @@ class Piece:
     """What one `say-text` carries: text of one turn, from one chunk or several.
 
     `shapes`: what the next piece of the turn depends on. `auto_final`: no chunk said that it is the last. `name`: what
-    it is called by where it has no chunk at all.
+    it is called by where it has no chunk at all. `decided_by`: the chunk with which it was known that it ends here;
+    None: it was the time, or what came behind its turn.
     """
 
     turn_id: str
@@ -95,6 +96,7 @@ class Piece:
     shapes: shaper.State | None = None
     auto_final: bool = False
     name: str = ""
+    decided_by: Entry | None = None
 
     @property
     def ending(self) -> tuple[Entry, ...]:

@@ -5,6 +5,7 @@ the chunks stay; otherwise, in another worker too, it is decided again from what
 same. With `off` a chunk is a piece, as it is, but for the cap.
 """
 
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Sequence
 
@@ -62,6 +63,7 @@ class _Draft:
         self._read = self._state.offset
         self._since = now
         self._ended = False
+        self._decided_by: Entry | None = None
 
     def goes_on_with(self, run: Sequence[Entry], state: State) -> bool:
         """Whether these chunks are those it has, or more where more may come, and all it has decided was said."""
@@ -83,10 +85,13 @@ class _Draft:
             self.decided += self._shaper.push(self._unread.popleft())
             if self.decided or self._shaper.waiting > waiting:
                 self._since = now
+            if self.decided:
+                self._decided_by = self._last_read()
         if ends and not (self._unread or self._ended):
             self._ended = True
             self.decided += self._shaper.finish()
             self._join_last()
+            self._decided_by = run[-1] if speak_of(run[-1]).is_final else None
 
     def stall(self, now: float, first_s: float, later_s: float) -> float | None:
         """Decide what is due because nothing to say came for so long. Returns when the next is due, if any is."""
@@ -97,6 +102,7 @@ class _Draft:
             self._since = now
             self.decided += self._shaper.stall()
             if self.decided:
+                self._decided_by = None
                 break
         return None
 
@@ -117,7 +123,20 @@ class _Draft:
             self._places.popleft()
             self._entries.pop(0)
         text = shaped.text if shaped.speakable else ""
-        return Piece(self._turn_id, text, closes and last, tuple(parts), shapes=shaped.state)
+        return Piece(
+            self._turn_id,
+            text,
+            closes and last,
+            tuple(parts),
+            shapes=shaped.state,
+            decided_by=self._decided_by,
+        )
+
+    def _last_read(self) -> Entry:
+        """The chunk that was read last: those behind it have come, too, but decided nothing yet."""
+        upto = self._read - sum(map(len, self._unread))
+        place = bisect_left(self._places, upto, key=lambda one: one[1])
+        return self._entries[place]
 
     def _join_last(self) -> None:
         """What has no word goes with the piece before it; there is always a last piece."""
@@ -137,4 +156,5 @@ def _untouched(entry: Entry, spoken: int, cap: int) -> Piece:
     text = split(rest, cap)[0]
     last = len(text) == len(rest)
     part = Part(entry, spoken, spoken + len(text), last)
-    return Piece(speak.turn_id, text if text.strip() else "", speak.is_final and last, (part,))
+    text = text if text.strip() else ""
+    return Piece(speak.turn_id, text, speak.is_final and last, (part,), decided_by=entry)

@@ -27,7 +27,7 @@ from worker.core.verdict import Conclusion
 from worker.core.work import INTENT_S, Call, CallInterrupt, InitClient, Rules, Say, Wait
 from worker.errors import LinkLost
 from worker.flow.backlog import Backlog, Holding
-from worker.flow.deliveries import ExpressDelivery, delivery_of, tenure_of
+from worker.flow.deliveries import ExpressDelivery, delivery_of, keepable, tenure_of
 from worker.flow.desk import Desk
 from worker.flow.moved import Mark, Moves
 from worker.flow.pauses import Pauses
@@ -451,11 +451,21 @@ class Runner:
                 return False
             return self._tenure is tenure and begun - asked < INTENT_S
 
+        chunk = self._opening(call)
         result, got = await self._desk.carry_out(self.conversation_id, call, still)
+        if chunk is not None:
+            self._metrics.first_words.observe(max(0.0, begun - keepable(chunk).received))
         jitter = random.random()  # noqa: S311 - spreads retries, guards nothing
         told = lane.done(call, result, self._clock(), begun=begun, got=got, jitter=jitter)
         self._submit(told, outcome=isinstance(call, Say))
         return result
+
+    def _opening(self, call: Call) -> Entry | None:
+        """The chunk that decided it, if this is the first call for the first piece of a turn."""
+        attempt = self._memory.state.attempt
+        if not isinstance(call, Say) or attempt is None or attempt.count > 1:
+            return None
+        return None if self._memory.turns[call.piece.turn_id].pieces else call.piece.decided_by
 
     def _meant_for(self, call: Call) -> str | None:
         """The session that must be ready for the call."""

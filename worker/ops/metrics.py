@@ -31,6 +31,7 @@ from worker.core.verdict import Conclusion
 
 _CALL_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0)
 _SPEECH_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+_FIRST_WORDS_S = (0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.08, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0)
 _INTERRUPT_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 
 _ENDS: dict[type[Data], Iterable[str]] = {
@@ -68,6 +69,9 @@ class Metrics:
         self.ended = counter("commands_ended", "Commands by the event they ended with", "event", "reason")
         self.repeated = counter("commands_repeated", "Commands that came again and were told again as they had ended")
         self.latency = histogram("speech_latency_seconds", "Age of a piece's oldest chunk when it was taken", _SPEECH_S)
+        self.first_words = histogram(
+            "first_words_seconds", "From the chunk that decided a turn's first piece to its call", _FIRST_WORDS_S
+        )
         self.interrupts = histogram("interrupt_latency_seconds", "Age of an interrupt when it had acted", _INTERRUPT_S)
         self.retries = counter("speech_retries", "Calls of say-text beyond the first, for pieces that have ended")
         self.duplicates = counter("possible_duplicates", "Pieces that were said again and may have been heard twice")
