@@ -6,6 +6,7 @@
 import asyncio
 import gc
 import signal
+import sys
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, Self
@@ -126,7 +127,7 @@ async def run(settings: Settings) -> None:
                 _prune(ledger, clock, settings.ledger_keep_s),
             )
         )
-        _collect_calmly()
+        _stay_responsive()
         await tasks.until(signals.get())
         health.stopping = True
         dead.stop()
@@ -135,14 +136,16 @@ async def run(settings: Settings) -> None:
     _log.info(logs.WORKER_STOPPED, worker=name)
 
 
-def _collect_calmly() -> None:
-    """Look through everything for garbage far less often than Python would.
+def _stay_responsive() -> None:
+    """Keep what else runs in this process from stopping the loop for long.
 
-    That stops the worker for as long as there is much to look through, half a second where 20,000 commands wait, and an
-    interrupt with it. Hardly anything here is garbage that only a full collection finds.
+    Python's garbage collector does, for as long as there is much to look through: half a second where 20,000 commands
+    wait. Hardly anything here is garbage that only a full collection finds. And so do the store's threads: whenever the
+    loop touches a socket, one of them may take the interpreter, and would keep it for 5 ms.
     """
     gc.freeze()
     gc.set_threshold(20_000, 100, 100)
+    sys.setswitchinterval(0.0005)
 
 
 def _read(metrics: Metrics, lanes: Lanes, backlog: Backlog, desk: Desk, inbox: Inbox) -> None:

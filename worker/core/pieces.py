@@ -112,16 +112,18 @@ class _Draft:
         self._state = shaped.state
         last = self._ended and not self.decided
         parts: list[Part] = []
+        left = 0
         while self._places:
             begin, end = self._places[0]
             if begin >= shaped.end and not last:
                 break
             whole = end <= shaped.end
-            parts.append(Part(self._entries[0], max(shaped.start - begin, 0), min(shaped.end, end) - begin, whole))
+            parts.append(Part(self._entries[left], max(shaped.start - begin, 0), min(shaped.end, end) - begin, whole))
             if not whole:
                 break
             self._places.popleft()
-            self._entries.pop(0)
+            left += 1
+        del self._entries[:left]
         text = shaped.text if shaped.speakable else ""
         return Piece(
             self._turn_id,
