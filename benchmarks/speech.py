@@ -1,7 +1,7 @@
 """How soon pieces of speech leave, how many calls they take, and whether anything piles up.
 
     python -m benchmarks.speech                         40 tokens/s in 50 conversations, API latency 40 and 150 ms
-    python -m benchmarks.speech --conversations 500 --partitions 8 --latencies-ms 40
+    python -m benchmarks.speech --conversations 500 --partitions 8 --pause-s 65 --seconds 120
 
 A private RabbitMQ a run (or the one in AMQP_URL: fresh, and for one run), the simulator and one worker, each a process.
 A piece is *decided* when the token that its cut depends on is published, and *leaves* when its call reaches the
@@ -55,7 +55,6 @@ half a metre. If you want the times for a place, ask for its tide table: it is c
 and it is right to a few minutes unless a storm interferes.
 """
 TOKENS = re.findall(r"\s*\S{1,4}|\s+", ANSWER)
-PAUSE_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,19 +112,21 @@ async def publish(exchange: AbstractExchange, conversation: str, body: dict[str,
     await exchange.publish(message(body), conversation)
 
 
-async def converse(exchange: AbstractExchange, load: Load, conversation: str, rate: float, until: float) -> None:
-    """Answers, one after the other, a token every 1/rate seconds."""
+async def converse(
+    exchange: AbstractExchange, load: Load, conversation: str, until: float, args: argparse.Namespace
+) -> None:
+    """Answers, one after the other, a token every 1/rate seconds, and a pause between them."""
     while time.time() < until:
         turn = Turn(conversation, uuid.uuid4().hex)
         load.turns.append(turn)
         begun = time.time()
         for number, token in enumerate(TOKENS):
-            await asyncio.sleep(begun + number / rate - time.time())
+            await asyncio.sleep(begun + number / args.rate - time.time())
             turn.published.append(time.time())
             load.chunks += 1
             final = number == len(TOKENS) - 1
             await publish(exchange, conversation, {"turnId": turn.id, "text": token, "isFinal": final})
-        await asyncio.sleep(PAUSE_S)
+        await asyncio.sleep(args.pause_s)
 
 
 async def drive(url: str, args: argparse.Namespace) -> Load:
@@ -143,9 +144,9 @@ async def drive(url: str, args: argparse.Namespace) -> Load:
         await load.until(lambda: len(load.ready) == len(names))
         begun = time.time()
         speakers = []
-        for number, name in enumerate(names):  # spread over the first second
-            await asyncio.sleep(begun + number / len(names) - time.time())
-            speakers.append(asyncio.create_task(converse(commands, load, name, args.rate, begun + args.seconds)))
+        for number, name in enumerate(names):  # spread, so that always as many speak
+            await asyncio.sleep(begun + number * args.pause_s / len(names) - time.time())
+            speakers.append(asyncio.create_task(converse(commands, load, name, begun + args.seconds, args)))
         while not all(speaker.done() for speaker in speakers):
             load.waiting.append(load.chunks - load.ended)
             await asyncio.sleep(0.25)
@@ -251,6 +252,7 @@ def main() -> int:
     parser.add_argument("--conversations", type=int, default=50)
     parser.add_argument("--rate", type=float, default=40, help="tokens a second in each conversation (default: 40)")
     parser.add_argument("--seconds", type=float, default=20, help="begin no answer later than that (default: 20)")
+    parser.add_argument("--pause-s", type=float, default=1, help="between the answers of a conversation (default: 1)")
     parser.add_argument("--partitions", type=int, default=1)
     parser.add_argument("--latencies-ms", type=int, nargs="+", default=[40, 150])
     args = parser.parse_args()
