@@ -215,7 +215,7 @@ class Runner:
                 await self._admit()
             self._tell_interrupts()
             now = self._clock()
-            step = self._lane.next(now, self._breaker.hold_until(now))
+            step = self._lane.next(now, self._breaker.outage_until(now), self._breaker.pause_until)
             self._pauses.look(self._lane.waiting_chars)
             if step.work is None:
                 self._submit(step.conclusions)
