@@ -257,6 +257,7 @@ class TestPaused:
         began = talk.now
         assert talk.next() == Open("ann", "v1", None, not_before=began + 6)
         talk.done(QUEUED)
+        assert talk.lane.seeks_session
         assert talk.waits() == 6
         talk.now += 6
         assert talk.next() == Open("ann", "v1", None)
@@ -342,6 +343,18 @@ class TestInLine:
             talk.done(outcome)
             assert talk.waits() == pytest.approx(0.5)
             talk.now += 0.5
+
+    def test_whoever_needs_no_session_any_more_seeks_none(self) -> None:
+        talk = Conversation(replace(RULES, stall_first_s=0.5), session=None)
+        talk.offer(start(), speak("t1", "not all of it"))
+        assert isinstance(talk.next(), Open)
+        talk.done(QUEUED)
+        talk.waits()
+        assert talk.lane.seeks_session
+        talk.now += 10
+        talk.waits()
+        assert talk.of("session.failed"), "and now it waits for more text"
+        assert not talk.lane.seeks_session
 
 
 class TestAttach:

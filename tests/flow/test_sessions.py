@@ -306,6 +306,15 @@ class TestNoRoomAtTheApi:
         assert str(answer["error"]).startswith("unavailable")
         assert (await flow.call("c2", OPEN))[0].status == 503, "nobody has to wait for it"
 
+    async def test_who_has_given_up_and_waits_for_more_text_holds_nobody_up(self, fleet: Fleet) -> None:
+        flow, other = fleet.join("w1", replace(RULES, stall_first_s=1000)), fleet.join("w2")
+        await self.refused(flow, "c1", retry_after_s=60)
+        flow.speak("not all of it")
+        await self.pass_time(10.5, flow)
+        assert flow.outbox.told == ["session.failed"]
+        assert flow.lanes.is_served("c1")
+        assert (await other.call("c2", OPEN))[0].kind is CallKind.OK
+
     async def test_while_there_is_room_nobody_waits_for_anybody(self, flow: Flow) -> None:
         gate = flow.api.gates["create"] = asyncio.Event()
         for n in range(20):

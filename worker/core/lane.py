@@ -52,6 +52,7 @@ class Lane:
         self._interrupts = Interrupts(self._book, self._speech, rules)
         self._sequence = Sequence(book)
         self._holds = False
+        self._seeks_session = False
         self._calling: Call | None = None
         self._at_stake: tuple[Entry, ...] = ()
         self._busy_until = book.memory.state.busy_until
@@ -111,6 +112,11 @@ class Lane:
         piece = self._speech.piece
         return self._book.waiting_chars() - sum(part.end - part.start for part in (piece.parts if piece else ()))
 
+    @property
+    def seeks_session(self) -> bool:
+        """Whether the lane waits for a session, and has to keep its place in the line."""
+        return self._seeks_session
+
     def take_interrupts(self) -> list[Entry]:
         """The interrupts to tell the API of now, beside any call that is under way; `interrupted` says how it went."""
         return self._interrupts.take_calls()
@@ -133,6 +139,8 @@ class Lane:
         head = self._book.head if len(self._book) else None
         speaks = head is None or isinstance(head.command, Speak)
         self._holds = speaks and isinstance(work, Wait) and self._speech.piece is None
+        opens = isinstance(work, Open) or (isinstance(work, Wait) and self._attempts.not_before > now)
+        self._seeks_session = opens and self._sessions.session is None
         if work is not None and not isinstance(work, Wait):
             if isinstance(work, Open) and head is not None and pause_until > now:
                 work = replace(work, not_before=pause_until)

@@ -232,6 +232,8 @@ class Runner:
                     # Should its key move meanwhile, there must be a row that tells where it came from.
                     self._memory.move(self._tenure.partition)
                 self._submit(step.conclusions)
+                if not self._lane.seeks_session:
+                    await self._desk.leave_line(self.conversation_id)
                 await self._doze(step.work.until - self._clock())
             else:
                 result = None
