@@ -30,6 +30,15 @@ _NEXT_S = 1e-6
 _FOUND = (HeldState.READY, HeldState.ENDING, HeldState.LOST)
 _ALIVE = (_CREATING, HeldState.READY, HeldState.ENDING)
 """What takes a slot."""
+_REFUSED = sa.and_(
+    sessions.c.reason == _NO_ROOM,
+    sessions.c.lease_until >= sa.bindparam("now"),
+    sessions.c.conversation_id != sa.bindparam("conversation_id"),
+)
+_LINE = sa.select(sa.func.max(sessions.c.since), sa.func.min(sa.case((_REFUSED, sessions.c.since)))).where(
+    sessions.c.state.in_((_WAITING, _CREATING))
+)
+"""The last place of all who stand in line or may come back to it, and the first of those the API had no room for."""
 
 
 class SqlSessions:
@@ -190,10 +199,11 @@ def _claim(
                 _haunt(connection, conversation_id, row.last_used, row.last_used + slots.ghost_s)
             case "waiting" if row.lease_until >= now:
                 since, reason = row.since, row.reason
+    last, refused = connection.execute(_LINE, {"conversation_id": conversation_id, "now": now}).one()
     if since is None:
-        since = _last_place(connection, now)
+        since = now if last is None else max(now, last + _NEXT_S)
     refusal = Refusal.QUEUED if paused else None
-    if _is_behind(connection, conversation_id, since, now):
+    if refused is not None and refused < since:
         refusal, reason = Refusal.QUEUED, _NO_ROOM
     elif slots.limit and _taken(connection, conversation_id, since, now) >= slots.limit:
         refusal = Refusal.FULL
@@ -214,29 +224,10 @@ def _claim(
     return refusal
 
 
-def _last_place(connection: sa.Connection, now: float) -> float:
-    """Behind all who stand in line, or may come back to it."""
-    in_line = sessions.c.state.in_((_WAITING, _CREATING))
-    last = connection.execute(sa.select(sa.func.max(sessions.c.since)).where(in_line)).scalar_one()
-    return now if last is None else max(now, last + _NEXT_S)
-
-
-def _is_behind(connection: sa.Connection, conversation_id: str, since: float, now: float) -> bool:
-    """Whether somebody is in front whom the API had no room for: it waits, or tries just now."""
-    full = sa.and_(sessions.c.state.in_((_WAITING, _CREATING)), sessions.c.reason == _NO_ROOM)
-    in_front = sa.and_(*_is_in_front(conversation_id, since, now))
-    return bool(connection.execute(sa.select(sa.exists().where(full, in_front))).scalar_one())
-
-
-def _is_in_front(conversation_id: str, since: float, now: float) -> tuple[sa.ColumnElement[bool], ...]:
-    other = sessions.c.conversation_id != conversation_id
-    return other, sessions.c.lease_until >= now, sessions.c.since < since
-
-
 def _taken(connection: sa.Connection, conversation_id: str, since: float, now: float) -> int:
     """Slots in use, and those that others get first."""
     other = sessions.c.conversation_id != conversation_id
-    in_line = sa.and_(sessions.c.state == _WAITING, *_is_in_front(conversation_id, since, now))
+    in_line = sa.and_(sessions.c.state == _WAITING, sessions.c.lease_until >= now, sessions.c.since < since)
     alive = sa.or_(sessions.c.state.in_(_ALIVE), in_line)
     rows = connection.execute(sa.select(sa.func.count()).select_from(sessions).where(other, alive)).scalar_one()
     return int(rows + connection.execute(sa.select(sa.func.count()).select_from(ghosts)).scalar_one())
