@@ -141,6 +141,8 @@ class Refusal(StrEnum):
     """Another worker is creating or ending one of this conversation."""
     FULL = "full"
     """There are as many as there may be; the conversation stands in line."""
+    QUEUED = "queued"
+    """The conversation stands in line: behind one the API had no room for, or since the API is not to be asked now."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,12 +176,22 @@ class SessionStore(Protocol):
         """The conversation's session, if there is one; it is held by `owner` from now on, whoever held it before."""
 
     async def claim(
-        self, conversation_id: str, owner: str, now: float, until: float, slots: Slots
+        self, conversation_id: str, owner: str, now: float, until: float, slots: Slots, *, paused: bool = False
     ) -> Held | Refusal | None:
-        """Before a session is created: None, `owner` may, and nobody else. Or the one that somebody has made."""
+        """Before a session is created: None, `owner` may, and nobody else. Or the one that somebody has made.
 
-    async def unclaim(self, conversation_id: str, owner: str, now: float, slots: Slots, *, ghost: bool) -> None:
-        """It was not created, or nobody knows (`ghost`). The conversation keeps its place in the line for a while."""
+        It may when a slot is free that nobody in front waits for, and nobody is in front whom the API had no room for.
+        `paused`: it may not; it only takes its place in the line.
+        """
+
+    async def unclaim(
+        self, conversation_id: str, owner: str, now: float, slots: Slots, *, ghost: bool, full: bool = False
+    ) -> None:
+        """It was not created, or nobody knows (`ghost`). The conversation keeps its place in the line for a while.
+
+        `full`: the API has no room. Whoever comes later waits until this one has a session or has left the line, and
+        those behind it, too, try one after the other.
+        """
 
     async def leave(self, conversation_id: str, owner: str) -> None:
         """Give up the conversation's place in the line."""

@@ -112,7 +112,7 @@ async def test_a_start_is_answered_in_time_although_the_api_wants_to_be_left_alo
         answer = await asker.start(name)
         assert time.monotonic() - begun < 4
         assert "sessionId" not in answer
-        await bus.event("session.failed", name)
+        await bus.event("session.failed", name, reason="capacity", status=429)
 
 
 async def test_nobody_waits_for_the_answer(start_worker: StartWorker, simulator: Simulator, bus: Bus) -> None:
@@ -324,6 +324,26 @@ async def test_a_start_beyond_the_fleet_s_limit_waits_for_a_free_session(
     await bus.send("c1", {"type": "session.end"})
     await bus.event("session.ready", "c2")
     assert [session["ended_by"] for session in await simulator.sessions()] == ["request", None]
+
+
+async def test_starts_that_the_api_has_no_room_for_wait_in_order_of_arrival(
+    start_worker: StartWorker, simulator: Simulator, bus: Bus, asker: Asker
+) -> None:
+    await simulator.change(session_limit=1)
+    await start_worker(SESSION_WAIT_S="6")
+    await asker.start("c0", avatarId="c0")
+    await bus.send("c1", {"type": "session.start", "avatarId": "c1"})
+    await simulator.wait("create", 2, stage="finished")
+    for name in ("c2", "c3"):
+        await bus.send(name, {"type": "session.start", "avatarId": name})
+    await simulator.wait("create", 4, stage="finished")
+    tried = [call["body"]["visualConfig"]["avatarId"] for call in (await simulator.transcript())["strays"]]
+    assert set(tried) == {"c1"}, "of those that wait, the first asks again"
+    for ending, next_one in (("c0", "c1"), ("c1", "c2")):
+        await bus.send(ending, {"type": "session.end"})
+        await bus.event("session.ready", next_one)
+    await bus.event("session.failed", "c3", reason="capacity", status=429)
+    assert [session["avatar_id"] for session in await simulator.sessions()] == ["c0", "c1", "c2"]
 
 
 async def test_a_worker_that_stops_ends_its_sessions_if_it_should(

@@ -454,6 +454,130 @@ class TestSlots:
         assert await claimed(store, "c2", now=160.5, limit=1) is None
 
 
+class TestNoRoomAtTheApi:
+    """It has refused to create one (429): whoever wants one stands in line, whether or not we have a limit."""
+
+    async def refuse(self, store: SessionStore, name: str, now: float = 100.0) -> None:
+        await store.unclaim(name, "w1", now, SLOTS, ghost=False, full=True)
+
+    async def line(self, store: SessionStore, *names: str, now: float = 100.0) -> None:
+        """The first was refused; the others have come later."""
+        assert await claimed(store, names[0], now=now) is None
+        await self.refuse(store, names[0], now)
+        for name in names[1:]:
+            assert await claimed(store, name, now=now, by="w2") is Refusal.QUEUED
+
+    async def test_before_that_all_go_at_once(self, store: SessionStore) -> None:
+        found = await asyncio.gather(*(claimed(store, f"c{n}") for n in range(20)))
+        assert found == [None] * 20
+
+    async def test_one_after_the_other_in_order_of_arrival(self, store: SessionStore) -> None:
+        names = ["c0", "c1", "c2", "c3"]
+        await self.line(store, *names)
+        while names:
+            for later in names[1:]:
+                assert await claimed(store, later, now=101.0) is Refusal.QUEUED
+            assert await claimed(store, names[0], now=101.0) is None
+            for later in names[1:]:
+                assert await claimed(store, later, now=101.0) is Refusal.QUEUED, "the first is trying"
+            await store.put(held(names.pop(0)), "w1", 200.0)
+        assert [await claimed(store, name, now=101.0) for name in ("c4", "c5")] == [None, None], "there is no line"
+
+    async def test_those_that_were_refused_at_the_same_time_too(self, store: SessionStore) -> None:
+        names = ["c0", "c1", "c2"]
+        for name in names:
+            assert await claimed(store, name) is None
+        for name in reversed(names):
+            await self.refuse(store, name)
+        found = [await claimed(store, name, now=101.0) for name in reversed(names)]
+        assert found == [Refusal.QUEUED, Refusal.QUEUED, None]
+
+    async def test_whatever_the_clocks_of_the_workers_say(self, store: SessionStore) -> None:
+        assert await claimed(store, "c0", now=101.0) is None
+        await self.refuse(store, "c0", 101.0)
+        assert await claimed(store, "c1", now=100.0, by="behind") is Refusal.QUEUED
+        assert await claimed(store, "c0", now=101.5) is None
+        assert await claimed(store, "c1", now=100.5, by="behind") is Refusal.QUEUED
+
+    async def test_one_that_is_refused_again_keeps_its_place(self, store: SessionStore) -> None:
+        await self.line(store, "c0", "c1")
+        for now in (101.0, 102.0, 103.0):
+            assert await claimed(store, "c0", now=now) is None
+            await self.refuse(store, "c0", now)
+            assert await claimed(store, "c1", now=now) is Refusal.QUEUED
+
+    @pytest.mark.parametrize("ghost", [False, True])
+    async def test_any_other_trouble_is_one_s_own(self, store: SessionStore, ghost: bool) -> None:
+        await self.line(store, "c0", "c1")
+        assert await claimed(store, "c0", now=101.0) is None
+        await store.unclaim("c0", "w1", 101.0, SLOTS, ghost=ghost)
+        assert await claimed(store, "c1", now=101.0) is None
+
+    async def test_whoever_has_left_holds_nobody_up(self, store: SessionStore) -> None:
+        await self.line(store, "c0", "c1", "c2")
+        await store.leave("c0", "w1")
+        assert await claimed(store, "c2", now=101.0, by="w2") is Refusal.QUEUED
+        assert await claimed(store, "c1", now=101.0, by="w2") is None
+
+    async def test_nor_one_whose_worker_died_in_the_line(self, store: SessionStore) -> None:
+        await self.line(store, "c0", "c1")
+        assert await claimed(store, "c1", now=101.9) is Refusal.QUEUED
+        assert await claimed(store, "c1", now=102.1) is None
+
+    async def test_nor_one_whose_worker_died_trying(self, store: SessionStore) -> None:
+        await self.line(store, "c0", "c1")
+        assert await claimed(store, "c0", now=101.0) is None
+        assert await claimed(store, "c1", now=106.9) is Refusal.QUEUED
+        assert await claimed(store, "c1", now=107.1) is None
+
+    async def test_a_place_is_kept_for_whoever_says_so(self, store: SessionStore) -> None:
+        await self.line(store, "c0", "c1")
+        assert await store.renew({"c0": Held("c0", Session("", ""), 0.0)}, "w1", 130.0) == set()
+        assert await claimed(store, "c1", now=129.0, by="w2") is Refusal.QUEUED
+        assert await claimed(store, "c0", now=129.0) is None
+
+    async def test_another_worker_that_serves_it_now_has_its_place(self, store: SessionStore) -> None:
+        await self.line(store, "c0", "c1")
+        assert await claimed(store, "c0", now=101.0, by="w3") is None
+        assert await claimed(store, "c1", now=101.0, by="w2") is Refusal.QUEUED
+
+    async def test_a_limit_counts_as_well(self, store: SessionStore) -> None:
+        await store.put(held("taken"), "w1", 200.0)
+        await self.line(store, "c0", "c1")
+        assert await claimed(store, "c0", now=101.0, limit=1) is Refusal.FULL
+        assert await claimed(store, "c1", now=101.0, limit=5, by="w2") is Refusal.QUEUED
+        assert await claimed(store, "c0", now=101.0, limit=5) is None
+
+
+class TestPaused:
+    """The API has asked this worker to leave it alone: a claim only takes a place in the line."""
+
+    async def claimed(self, store: SessionStore, name: str, now: float = 100.0) -> object:
+        return await store.claim(name, "w1", now, now + 6, SLOTS, paused=True)
+
+    async def test_it_may_not_create(self, store: SessionStore) -> None:
+        assert await self.claimed(store, "c0") is Refusal.QUEUED
+        assert await self.claimed(store, "c0", now=101.0) is Refusal.QUEUED
+        assert await claimed(store, "c0", now=102.0) is None
+
+    async def test_its_place_is_the_one_it_took(self, store: SessionStore) -> None:
+        await claimed(store, "c0")
+        await store.unclaim("c0", "w1", 100.0, SLOTS, ghost=False, full=True)
+        assert await self.claimed(store, "c1") is Refusal.QUEUED
+        assert await claimed(store, "c2", by="w2") is Refusal.QUEUED
+        await store.leave("c0", "w1")
+        assert await claimed(store, "c2", now=101.0, by="w2") is Refusal.QUEUED
+        assert await claimed(store, "c1", now=101.0) is None
+
+    async def test_where_the_api_had_room_for_all_it_holds_nobody_up(self, store: SessionStore) -> None:
+        assert await self.claimed(store, "c0") is Refusal.QUEUED
+        assert await claimed(store, "c1", by="w2") is None
+
+    async def test_a_session_that_there_is_is_told(self, store: SessionStore) -> None:
+        await store.put(held(), "w2", 200.0)
+        assert await self.claimed(store, "c1") == held()
+
+
 class TestEnding:
     async def test_only_a_ready_one_of_one_s_own_is_retired(self, store: SessionStore) -> None:
         await store.put(held(), "w1", 200.0)

@@ -165,6 +165,14 @@ class TestTooManyRequests:
     def test_a_shorter_wish_does_not_undo_a_longer_one(self) -> None:
         assert Lanes().call(limit(7.0), limit(1.0), OK).breaker.hold_until(NOW) == NOW + 7
 
+    def test_is_no_outage(self) -> None:
+        lanes = Lanes().call(limit(7.0))
+        assert lanes.breaker.outage_until(lanes.now) <= lanes.now
+        assert lanes.breaker.pause_until == NOW + 7
+        lanes.down()
+        assert lanes.breaker.outage_until(lanes.now) == NOW + FIRST_PAUSE_S
+        assert lanes.breaker.hold_until(lanes.now) == NOW + 7
+
     def test_without_a_wish_it_is_the_lane_alone_that_waits(self) -> None:
         assert Lanes().call(limit(None)).may_call()
 

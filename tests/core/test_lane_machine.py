@@ -37,7 +37,9 @@ from worker.core.verdict import Conclusion
 from worker.core.work import INTENT_S, Attach, Call, Open, Say, Wait
 
 _TURNS = st.sampled_from(["t1", "t2", "t3"])
-_OPEN = [OK, OK, NOT_TAKEN, UNKNOWN, REFUSED, DENIED, CallResult(CallKind.NOT_TAKEN, 429)]
+FULL = CallResult(CallKind.FULL, local=True)
+_OPEN = [OK, OK, NOT_TAKEN, UNKNOWN, REFUSED, DENIED, CallResult(CallKind.NOT_TAKEN, 429), FULL]
+_IN_LINE = [OK, FULL]
 _ON_SESSION = [OK, OK, OK, NOT_TAKEN, UNKNOWN, REFUSED, GONE, STALE]
 
 
@@ -231,6 +233,7 @@ class LaneMachine(RuleBasedStateMachine):
             self.noted_until = max(self.noted_until, busy_until)
             self.busy_until = self.zombie_until = 0.0
             self.begun = self.talk.now
+            assert isinstance(work, Open) or self.talk.now >= self.talk.pause_until, "the API is to be left alone"
         if isinstance(work, Say):
             assert work.piece.text.strip()
             assert not self.talk.memory.is_silent(work.piece.turn_id)
@@ -273,7 +276,13 @@ class LaneMachine(RuleBasedStateMachine):
 
     def result_of(self, call: Call, data: st.DataObject) -> CallResult:
         """What a call comes to, and what the API has heard of it."""
-        results = [OK] if isinstance(call, Attach) else _OPEN if isinstance(call, Open) else _ON_SESSION
+        match call:
+            case Attach():
+                results = [OK]
+            case Open():
+                results = _IN_LINE if call.not_before else _OPEN
+            case _:
+                results = _ON_SESSION
         result = data.draw(st.sampled_from(results))
         if result is OK or (result is UNKNOWN and data.draw(st.booleans())):
             self.hear(call)
@@ -287,6 +296,11 @@ class LaneMachine(RuleBasedStateMachine):
     def pass_time(self, seconds: float) -> None:
         """Time passes, or the clock jumps."""
         self.talk.now += seconds
+
+    @rule(seconds=st.sampled_from([1.0, 15.0]))
+    def pause(self, seconds: float) -> None:
+        """The API asks to be left alone."""
+        self.talk.pause_until = self.talk.now + seconds
 
     @rule()
     def acknowledge(self) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from schemas.events import EndReason
 from tests.support.conversation import (
     DENIED,
     GONE,
@@ -25,6 +26,7 @@ from worker.core.work import Attach, Close, InitClient, Open, Rules, Say, Wait
 
 REPLY = ReplyTo("answers", "corr", 30_000)
 LIMIT = CallResult(CallKind.NOT_TAKEN, 429, retry_after_s=3)
+QUEUED = CallResult(CallKind.FULL, 429, retry_after_s=0.5, error="others go first", local=True)
 
 
 def start(**fields: Any) -> Entry:
@@ -240,6 +242,119 @@ class TestStart:
     def test_a_failed_start_spoils_nothing_after_it(self) -> None:
         talk = Conversation(session=None).offer(start(), speak("t1", "a")).settle(REFUSED)
         assert [type(call) for call in talk.calls] == [Open, Open, Say]
+
+
+class TestPaused:
+    """The API has asked to be left alone: whoever wants a session takes its place in the line meanwhile."""
+
+    def paused(self, seconds: float, *entries: Entry, **fields: Any) -> Conversation:
+        talk = Conversation(session=None, **fields)
+        talk.pause_until = talk.now + seconds
+        return talk.offer(*entries)
+
+    def test_a_start_takes_its_place_once_and_asks_when_the_pause_is_over(self) -> None:
+        talk = self.paused(6, start())
+        began = talk.now
+        assert talk.next() == Open("ann", "v1", None, not_before=began + 6)
+        talk.done(QUEUED)
+        assert talk.lane.seeks_session
+        assert talk.waits() == 6
+        talk.now += 6
+        assert talk.next() == Open("ann", "v1", None)
+
+    def test_a_pause_that_grows_keeps_it_waiting(self) -> None:
+        talk = self.paused(6, start())
+        assert isinstance(talk.next(), Open)
+        talk.done(QUEUED)
+        talk.now += 6
+        talk.pause_until = talk.now + 1
+        assert talk.next() == Open("ann", "v1", None, not_before=talk.now + 1)
+
+    def test_it_fails_in_time_for_want_of_capacity(self) -> None:
+        one = start()
+        talk = self.paused(60, one)
+        began = talk.now
+        talk.settle(QUEUED)
+        assert talk.ends(one) == ["session.failed capacity"]
+        assert talk.of("session.failed")[0]["status"] == 429
+        assert talk.now - began == pytest.approx(10)
+
+    def test_an_outage_is_none(self) -> None:
+        one = start()
+        talk = self.paused(60, one)
+        began = talk.now
+        assert talk.lane.next(began, began + 60, began + 60).work == Wait(began + 10)
+        (failed,) = talk.lane.next(began + 10, began + 60, began + 60).conclusions
+        assert failed.answer is not None
+        assert str(failed.answer.payload["error"]).startswith("unavailable")
+
+    def test_one_that_somebody_has_made_meanwhile_is_taken_at_once(self) -> None:
+        one = start()
+        talk = self.paused(60, one)
+        assert isinstance(talk.next(), Open)
+        talk.done(OK)
+        assert talk.next() is None
+        assert talk.ends(one) == ["session.ready"]
+
+    def test_speech_waits_it_out_and_for_a_session_after_it(self) -> None:
+        chunk = speak("t1", "a", final=True)
+        talk = self.paused(60, chunk)
+        began = talk.now
+        talk.settle(*[QUEUED] * 10)
+        assert talk.ends(chunk) == ["speech.accepted"]
+        assert 60 < talk.now - began < 70
+
+    def test_whoever_was_told_so_itself_does_not_wait_for_ever(self) -> None:
+        """Its own pause is over a little earlier than the worker's, so that it takes its place once more."""
+        chunk = speak("t1", "a", final=True)
+        talk = self.paused(0, chunk)
+        began = talk.now
+        while not talk.ends(chunk):
+            work = talk.next()
+            if isinstance(work, Wait):
+                talk.now = work.until
+            elif isinstance(work, Open) and work.not_before:
+                talk.done(QUEUED)
+            else:
+                talk.pause_until = talk.now + 3.01
+                talk.done(LIMIT)
+        assert talk.ends(chunk) == ["speech.failed capacity"]
+        assert 10 <= talk.now - began < 14
+
+    def test_whoever_has_a_session_waits(self) -> None:
+        talk = Conversation(pause_until=1_000_007.0).offer(speak("t1", "a", final=True))
+        assert talk.waits() == 7
+
+    def test_a_renewal_that_nobody_has_asked_for_waits(self) -> None:
+        talk = Conversation(session=None)
+        talk.lane.begin(replace(SESSION, renew_at=talk.now, expires_at=talk.now + 30))
+        assert talk.next() == Close(False, EndReason.REPLACED)
+        talk.done()
+        talk.pause_until = talk.now + 7
+        assert talk.waits() == 7
+
+
+class TestInLine:
+    @pytest.mark.parametrize("outcome", [CallResult(CallKind.NOT_TAKEN, 429), replace(QUEUED, retry_after_s=None)])
+    def test_room_is_asked_for_at_a_steady_pace(self, outcome: CallResult) -> None:
+        talk = Conversation(session=None).offer(start())
+        for _ in range(15):
+            assert isinstance(talk.next(), Open)
+            talk.done(outcome)
+            assert talk.waits() == pytest.approx(0.5)
+            talk.now += 0.5
+
+    def test_whoever_needs_no_session_any_more_seeks_none(self) -> None:
+        talk = Conversation(replace(RULES, stall_first_s=0.5), session=None)
+        talk.offer(start(), speak("t1", "not all of it"))
+        assert isinstance(talk.next(), Open)
+        talk.done(QUEUED)
+        talk.waits()
+        assert talk.lane.seeks_session
+        talk.now += 10
+        talk.waits()
+        assert talk.of("session.failed"), "and now it waits for more text"
+        assert not talk.lane.seeks_session
 
 
 class TestAttach:

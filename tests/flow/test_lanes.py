@@ -71,11 +71,11 @@ async def test_a_lane_that_crashes_is_rebuilt_and_its_neighbours_never_notice(
     crashes = iter([RuntimeError("a bug"), RuntimeError("the same again")])
     healthy = Lane.next
 
-    def next_(lane: Lane, now: float, hold_until: float = 0.0) -> Step:
+    def next_(lane: Lane, *times: float) -> Step:
         if lane._book.conversation_id == "ill":
             for crash in crashes:
                 raise crash
-        return healthy(lane, now, hold_until)
+        return healthy(lane, *times)
 
     monkeypatch.setattr(Lane, "next", next_)
     flow.speak("a", conversation_id="ill")

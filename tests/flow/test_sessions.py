@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.flow.conftest import Fleet, Flow
-from tests.support.conversation import RULES
+from tests.support.conversation import RULES, wire
 from tests.support.fakes import until
 from worker.core.model import CallKind, CallResult, ReplyTo, Session
 from worker.core.work import Close, Open
@@ -16,6 +16,7 @@ from worker.ports import Slots
 OPEN = Open("ann", "v1", None)
 DOWN = CallResult(CallKind.NOT_TAKEN, 503)
 GONE = CallResult(CallKind.GONE, 410)
+NO_ROOM = CallResult(CallKind.NOT_TAKEN, 429, error="Too many concurrent sessions")
 LOST_ANSWER = CallResult(CallKind.UNKNOWN)
 REPLY = ReplyTo("answers", "corr", 30_000)
 
@@ -174,16 +175,18 @@ class TestSlots:
         assert answer["error"] == "capacity: all 1 sessions are in use (AVATAR_MAX_SESSIONS)"
         assert flow.api.verbs() == ["create"]
 
-    async def test_whoever_the_api_had_no_room_for_keeps_its_place(self, fleet: Fleet) -> None:
+    @pytest.mark.parametrize("limit", [0, 1])
+    async def test_whoever_the_api_had_no_room_for_keeps_its_place(self, fleet: Fleet, limit: int) -> None:
         """It may have to wait for long before it may ask again."""
-        flow, other = (fleet.join(name, slots=Slots(1)) for name in ("w1", "w2"))
-        flow.api.results["create"] = [CallResult(CallKind.NOT_TAKEN, 429, retry_after_s=6)]
+        flow, other = (fleet.join(name, slots=Slots(limit)) for name in ("w1", "w2"))
+        flow.api.results["create"] = [replace(NO_ROOM, retry_after_s=6)]
         flow.offer(type="session.start")
         await until(lambda: flow.desk.in_line)
         for _ in range(8):
             flow.clock.now += 1
             await flow.tick()
             assert (await other.call("c2", OPEN))[0].kind is CallKind.FULL
+        assert other.api.calls == []
         flow.clock.now += 1
         flow.offer(type="session.start")  # it wakes the lane, which sleeps by another clock
         await flow.all_settled()
@@ -210,6 +213,115 @@ class TestSlots:
         flow.api.results["end"] = [DOWN]
         await flow.call("c1", Close(last_attempt=True))
         assert (await flow.call("c2", OPEN))[0].kind is CallKind.FULL
+
+
+class TestNoRoomAtTheApi:
+    """It answers 429, and we have no limit of our own."""
+
+    def two(self, fleet: Fleet) -> tuple[Flow, Flow]:
+        """Workers with a partition each, whose starts wait for long."""
+        flow, other = (fleet.join(name, replace(RULES, session_wait_s=1000)) for name in ("w1", "w2"))
+        other.tenure.partition = 1
+        return flow, other
+
+    async def pass_time(self, seconds: float, *flows: Flow) -> None:
+        """For all these workers; what sleeps in them does so by another clock, and is woken."""
+        for _ in range(round(seconds / 0.5)):
+            flows[0].clock.now += 0.5
+            for flow in flows:
+                await flow.tick()
+                for runner in flow.lanes._runners.values():
+                    runner._wake.set()
+                await flow.quiet()
+
+    async def start(self, flow: Flow, conversation_id: str) -> None:
+        """One that has to wait."""
+        flow.offer(conversation_id=conversation_id, type="session.start", reply_to=REPLY)
+        await until(lambda: conversation_id in flow.desk.in_line)
+
+    async def refused(self, flow: Flow, conversation_id: str, retry_after_s: float | None = None) -> None:
+        """One that the API has no room for, and will have the next time."""
+        flow.api.results["create"] = [replace(NO_ROOM, retry_after_s=retry_after_s)]
+        await self.start(flow, conversation_id)
+
+    async def test_who_comes_later_goes_later_whichever_worker_serves_it(self, fleet: Fleet) -> None:
+        flow, other = self.two(fleet)
+        await self.refused(flow, "c1")
+        await self.start(other, "c2")
+        await self.start(flow, "c3")
+        first, second = (one.api.gates.setdefault("create", asyncio.Event()) for one in (flow, other))
+        await self.pass_time(8, flow, other)
+        assert (len(flow.api.calls), other.api.calls) == (2, []), "the first is trying"
+        first.set()
+        await self.pass_time(8, flow, other)
+        assert (flow.outbox.told, len(flow.api.calls)) == (["session.ready"], 2)
+        assert (other.outbox.told, len(other.api.calls)) == ([], 1), "the second is"
+        second.set()
+        await self.pass_time(1, flow, other)
+        assert flow.outbox.told == ["session.ready"] * 2
+        assert other.outbox.told == ["session.ready"]
+
+    async def test_one_whose_worker_was_killed_holds_nobody_up(self, fleet: Fleet) -> None:
+        dead, other = (fleet.join(name) for name in ("dead", "w2"))
+        await self.refused(dead, "c1")
+        await dead.lanes.abandon()
+        await self.start(other, "c2")
+        await self.pass_time(1.5, other)
+        assert other.api.calls == []
+        await self.pass_time(1, other)
+        assert other.outbox.told == ["session.ready"]
+
+    async def test_who_is_held_back_by_another_s_pause_has_its_place_too(self, fleet: Fleet) -> None:
+        flow, other = self.two(fleet)
+        await self.refused(flow, "c1", retry_after_s=6)
+        await self.start(flow, "c2")
+        await self.start(other, "c3")
+        await self.pass_time(5, flow, other)
+        assert (len(flow.api.calls), other.api.calls) == (1, []), "the API is left alone"
+        gate = flow.api.gates["create"] = asyncio.Event()
+        await self.pass_time(5, flow, other)
+        assert (len(flow.api.calls), other.api.calls) == (2, [])
+        flow.api.gates["create"] = asyncio.Event()
+        gate.set()
+        await self.pass_time(5, flow, other)
+        assert (len(flow.api.calls), other.api.calls) == (3, [])
+        flow.api.gates["create"].set()
+        await self.pass_time(1, flow, other)
+        assert other.outbox.told == ["session.ready"]
+
+    async def test_who_is_held_back_until_its_time_is_over_is_told_of_capacity(self, flow: Flow) -> None:
+        await self.refused(flow, "c1", retry_after_s=60)
+        await self.start(flow, "c2")
+        await self.pass_time(10.5, flow)
+        assert len(flow.api.calls) == 1
+        failed = [wire(event) for event in flow.told("session.failed")]
+        assert [(data["reason"], data["status"]) for data in failed] == [("capacity", 429)] * 2
+        assert not flow.desk.in_line
+
+    async def test_an_outage_is_not_told_of_as_capacity(self, flow: Flow) -> None:
+        flow.api.results["create"] = [DOWN] * 100
+        start(flow)
+        await self.pass_time(20, flow)
+        (answer,) = answers(flow)
+        assert str(answer["error"]).startswith("unavailable")
+        assert (await flow.call("c2", OPEN))[0].status == 503, "nobody has to wait for it"
+
+    async def test_who_has_given_up_and_waits_for_more_text_holds_nobody_up(self, fleet: Fleet) -> None:
+        flow, other = fleet.join("w1", replace(RULES, stall_first_s=1000)), fleet.join("w2")
+        await self.refused(flow, "c1", retry_after_s=60)
+        flow.speak("not all of it")
+        await self.pass_time(10.5, flow)
+        assert flow.outbox.told == ["session.failed"]
+        assert flow.lanes.is_served("c1")
+        assert (await other.call("c2", OPEN))[0].kind is CallKind.OK
+
+    async def test_while_there_is_room_nobody_waits_for_anybody(self, flow: Flow) -> None:
+        gate = flow.api.gates["create"] = asyncio.Event()
+        for n in range(20):
+            flow.offer(conversation_id=f"c{n}", type="session.start")
+        await until(lambda: len(flow.api.calls) == 20)
+        gate.set()
+        await flow.all_settled()
 
 
 class TestTakingOver:

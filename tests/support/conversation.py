@@ -131,12 +131,14 @@ class Outdated(Exception):  # noqa: N818
 class Conversation:
     """One lane with a clock that stands still; what it tells is kept in `conclusions`.
 
-    `telling`: the interrupts the API is being told of just now, beside the call under way, since `told_at`.
+    `pause_until`: the API has asked to be left alone until then. `telling`: the interrupts the API is being told of
+    just now, beside the call under way, since `told_at`.
     """
 
     rules: Rules = RULES
     session: Session | None = SESSION
     now: float = NOW
+    pause_until: float = 0.0
     written: Written = field(default_factory=Written)
     conclusions: list[Conclusion] = field(default_factory=list)
     works: list[Work | None] = field(default_factory=list)
@@ -182,7 +184,7 @@ class Conversation:
 
     def next(self) -> Work | None:
         """Ask for the next work; a call counts as under way from here on."""
-        step = self.lane.next(self.now)
+        step = self.lane.next(self.now, 0.0, self.pause_until)
         self._tell(step.conclusions)
         self.works.append(step.work)
         if step.work is not None and not isinstance(step.work, Wait):

@@ -32,7 +32,8 @@ class Breaker:
         self._pause_s = FIRST_PAUSE_S
         self._open_until: float | None = None
         self._back_since: float | None = None
-        self._held_until = 0.0
+        self.pause_until = 0.0
+        """Until then the API has asked to be left alone (429 with `Retry-After`)."""
         self._under_way = 0
 
     @property
@@ -42,15 +43,18 @@ class Breaker:
 
     def hold_until(self, now: float) -> float:
         """The time before which no call may begin."""
+        return max(self.outage_until(now), self.pause_until)
+
+    def outage_until(self, now: float) -> float:
+        """As `hold_until`, but for the pause that a 429 asks for."""
         if self._open_until is not None:
-            free_at = max(self._open_until, self._held_until)
-            return free_at if self._under_way == 0 else max(free_at, now + LOOK_S)
+            return self._open_until if self._under_way == 0 else max(self._open_until, now + LOOK_S)
         if self._back_since is not None:
             if now - self._back_since >= RAMP_S:
                 self._back_since = None
             elif self._under_way >= 2.0 ** ((now - self._back_since) / STEP_S):
                 return now + LOOK_S
-        return self._held_until
+        return 0.0
 
     def begin(self) -> None:
         """A call begins."""
@@ -62,7 +66,7 @@ class Breaker:
         if result is None or result.local:
             return
         if result.status == 429:
-            self._held_until = max(self._held_until, now + (result.retry_after_s or 0.0))
+            self.pause_until = max(self.pause_until, now + (result.retry_after_s or 0.0))
         elif result.kind in (CallKind.NOT_TAKEN, CallKind.UNKNOWN):
             self._fail(now)
         elif result.kind is not CallKind.STALE:

@@ -21,6 +21,7 @@ A lane is driven in a loop by whoever owns it (`flow.runner`):
 What must outlive the lane is `memory`.
 """
 
+from dataclasses import replace
 from itertools import islice
 from typing import assert_never
 
@@ -51,6 +52,7 @@ class Lane:
         self._interrupts = Interrupts(self._book, self._speech, rules)
         self._sequence = Sequence(book)
         self._holds = False
+        self._seeks_session = False
         self._calling: Call | None = None
         self._at_stake: tuple[Entry, ...] = ()
         self._busy_until = book.memory.state.busy_until
@@ -110,6 +112,11 @@ class Lane:
         piece = self._speech.piece
         return self._book.waiting_chars() - sum(part.end - part.start for part in (piece.parts if piece else ()))
 
+    @property
+    def seeks_session(self) -> bool:
+        """Whether the lane waits for a session, and has to keep its place in the line."""
+        return self._seeks_session
+
     def take_interrupts(self) -> list[Entry]:
         """The interrupts to tell the API of now, beside any call that is under way; `interrupted` says how it went."""
         return self._interrupts.take_calls()
@@ -122,14 +129,23 @@ class Lane:
             self._sessions.lose()
         return self._book.take()
 
-    def next(self, now: float, hold_until: float = 0.0) -> Step:
-        """What has ended by now, and the next work. Not while a call is under way; no call before `hold_until`."""
+    def next(self, now: float, hold_until: float = 0.0, pause_until: float = 0.0) -> Step:
+        """What has ended by now, and the next work. Not while a call is under way.
+
+        No call before `hold_until`, nor before `pause_until`; but during a pause whoever wants a session gets in line.
+        """
         assert self._calling is None, "one thing at a time"
         work = self._plan(now)
         head = self._book.head if len(self._book) else None
         speaks = head is None or isinstance(head.command, Speak)
         self._holds = speaks and isinstance(work, Wait) and self._speech.piece is None
+        opens = isinstance(work, Open) or (isinstance(work, Wait) and self._attempts.not_before > now)
+        self._seeks_session = opens and self._sessions.session is None
         if work is not None and not isinstance(work, Wait):
+            if isinstance(work, Open) and head is not None and pause_until > now:
+                work = replace(work, not_before=pause_until)
+            else:
+                hold_until = max(hold_until, pause_until)
             free_at = max(self._book.memory.state.busy_until, hold_until)
             if free_at > now:
                 work = Wait(min(free_at, self._sessions.deadline))
@@ -181,7 +197,7 @@ class Lane:
                 self._interrupts.tell_again = heard and self._book.memory.is_silent(work.piece.turn_id)
                 self._speech.said(result, now, jitter, again=again)
             case Open():
-                self._sessions.opened(result, got if isinstance(got, Session) else None, now, jitter)
+                self._sessions.opened(work, result, got if isinstance(got, Session) else None, now, jitter)
             case Attach():
                 self._sessions.attached(result, work.session, now, jitter)
             case InitClient():

@@ -155,7 +155,7 @@ class CallKind(StrEnum):
     GONE = "gone"
     """The session does not exist any more."""
     FULL = "full"
-    """Nothing was called: the fleet has as many sessions as it may have."""
+    """Nothing was called: there is no room for another session, or others wait for one in front."""
     STALE = "stale"
     """Nothing was called: the session had ended meanwhile."""
 
@@ -172,6 +172,11 @@ class CallResult:
     retry_after_s: float | None = None
     error: str = ""
     local: bool = False
+
+    @property
+    def is_full(self) -> bool:
+        """Of a create: whether there was no room for another session, in the fleet or at the API (429)."""
+        return self.kind is CallKind.FULL or (self.kind is CallKind.NOT_TAKEN and self.status == 429)
 
 
 TOO_LATE = CallResult(CallKind.NOT_TAKEN, error="it came too late to be made", local=True)

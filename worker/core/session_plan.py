@@ -26,10 +26,10 @@ PLAYBACK_MARGIN_S = 2.0
 """Before its token expires a session must be ended, whatever is still to be heard: later nobody can end it."""
 END_ATTEMPTS = 3
 """Calls of `/end` before a session is given up: the API's own idle time-out ends it then."""
+ROOM_AGAIN_S = 0.5
+"""How soon to ask for room again where nobody says: of all who wait for it, one asks the API."""
 
-_HELD_BACK = CallResult(
-    CallKind.NOT_TAKEN, error="the Avatar API fails or wants a pause: its calls are held back", local=True
-)
+_HELD_BACK = CallResult(CallKind.NOT_TAKEN, error="the Avatar API fails: its calls are held back", local=True)
 _NO_AVATAR = CallResult(CallKind.REFUSED, error="no avatar: name one in session.start, or set AVATAR_ID")
 
 
@@ -61,7 +61,7 @@ class SessionPlan:
         """End the `session.start` whose time is over: whoever asked waits for an answer, whatever the API does."""
         if now < self.deadline:
             return False
-        self._fail(None, SessionFailure.CAPACITY if _is_full(self._why) else SessionFailure.UNAVAILABLE, self._why, now)
+        self._fail(None, SessionFailure.CAPACITY if self._why.is_full else SessionFailure.UNAVAILABLE, self._why, now)
         return True
 
     def plan_for_speech(self, now: float) -> Call | None:
@@ -148,14 +148,13 @@ class SessionPlan:
         """A create is about to be called; what comes while it is has not asked for it."""
         self._unasked = not len(self._book)
 
-    def opened(self, result: CallResult, session: Session | None, now: float, jitter: float) -> None:
+    def opened(self, wanted: Open, result: CallResult, session: Session | None, now: float, jitter: float) -> None:
         """A create was answered, or not."""
         if self._unasked:
             self._renewed(session)
             return
         for_speech = isinstance(self._book.head.command, Speak)
         self._why = result
-        full = _is_full(result)
         waited_enough = now - self._attempts.first >= self._rules.session_wait_s
         match result.kind:
             case CallKind.OK:
@@ -167,10 +166,8 @@ class SessionPlan:
                 self._attempts.rest()
             case CallKind.DENIED:
                 self._fail(SpeechFailure.CREDENTIALS, SessionFailure.CREDENTIALS, result, now)
-            case _ if full and waited_enough:
-                self._fail(SpeechFailure.CAPACITY, SessionFailure.CAPACITY, result, now)
-            case CallKind.FULL:
-                self._attempts.not_before = now + (result.retry_after_s or 0.0)
+            case _ if result.is_full:
+                self._wait_for_room(wanted, result, now, waited_enough=waited_enough)
             # Speech goes on trying until it expires: nothing healthy is given up because the API was down.
             case CallKind.NOT_TAKEN | CallKind.UNKNOWN if for_speech or not waited_enough:
                 self._attempts.again(now, jitter, result.retry_after_s)
@@ -178,6 +175,17 @@ class SessionPlan:
                 self._fail(None, SessionFailure.UNAVAILABLE, result, now)
             case _:
                 self._fail(SpeechFailure.REFUSED, SessionFailure.REFUSED, result, now)
+
+    def _wait_for_room(self, wanted: Open, result: CallResult, now: float, *, waited_enough: bool) -> None:
+        if wanted.not_before and result.kind is CallKind.FULL:
+            # It has its place. How long it waits for a session counts from when it may first ask for one.
+            if self._attempts.count == 1:
+                self._attempts.rest()
+            self._attempts.not_before = wanted.not_before
+        elif waited_enough:
+            self._fail(SpeechFailure.CAPACITY, SessionFailure.CAPACITY, result, now)
+        else:
+            self._attempts.not_before = now + (result.retry_after_s or ROOM_AGAIN_S)
 
     def begin(self, session: Session | None, lost: Session | None = None) -> None:
         """What the lane's owner knows of the session, and of one that was lost."""
@@ -278,7 +286,3 @@ class SessionPlan:
         if speech is not SpeechFailure.NO_SESSION:
             self._book.tell(verdict.session_failed(conversation_id, start, why, head, ends=False))
         self._speech.fail(speech, why, now)
-
-
-def _is_full(result: CallResult) -> bool:
-    return result.kind is CallKind.FULL or (result.kind is CallKind.NOT_TAKEN and result.status == 429)

@@ -42,11 +42,12 @@ class Rules:
 
 @dataclass(frozen=True, slots=True)
 class Open:
-    """Create a session with the API."""
+    """Create a session with the API; before `not_before` only take a place in the line of those who want one."""
 
     avatar_id: str
     voice_id: str | None
     voice_speed: float | None
+    not_before: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

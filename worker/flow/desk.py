@@ -38,6 +38,13 @@ _BUSY = CallResult(
     error="another worker has the conversation's session in hand",
     local=True,
 )
+_QUEUED = CallResult(
+    CallKind.FULL,
+    429,
+    retry_after_s=AGAIN_S,
+    error="the Avatar API has no room or wants a pause: who asked first goes first",
+    local=True,
+)
 _ENDS_SESSION = (CallKind.OK, CallKind.GONE, CallKind.REFUSED, CallKind.DENIED)
 
 
@@ -167,7 +174,9 @@ class Desk:
         """Claim, create, keep. Whoever is cut in between leaves a claim, which becomes a ghost."""
         now = self._clock()
         try:
-            found = await self.store.claim(conversation_id, self.owner, now, now + LEASE_S, self.slots)
+            found = await self.store.claim(
+                conversation_id, self.owner, now, now + LEASE_S, self.slots, paused=call.not_before > now
+            )
         except Exception as failure:  # noqa: BLE001 - without a claim nothing is created, and nothing was
             return CallResult(CallKind.NOT_TAKEN, error=f"the store: {type(failure).__name__}", local=True), None
         self.in_line.discard(conversation_id)
@@ -179,6 +188,9 @@ class Desk:
                 self.in_line.add(conversation_id)
                 error = f"all {self.slots.limit} sessions are in use (AVATAR_MAX_SESSIONS)"
                 return CallResult(CallKind.FULL, retry_after_s=AGAIN_S, error=error, local=True), None
+            case Refusal.QUEUED:
+                self.in_line.add(conversation_id)
+                return _QUEUED, None
             case Refusal.BUSY:
                 return _BUSY, None
         self.creating.add(conversation_id)
@@ -197,7 +209,8 @@ class Desk:
         ghost = result.kind is CallKind.UNKNOWN
         self.in_line.add(conversation_id)
         try:
-            await self.store.unclaim(conversation_id, self.owner, self._clock(), self.slots, ghost=ghost)
+            now, full = self._clock(), result.is_full
+            await self.store.unclaim(conversation_id, self.owner, now, self.slots, ghost=ghost, full=full)
         except Exception as error:  # noqa: BLE001 - the claim runs out by itself
             _log.error(logs.STORE_FAILED, conversation_id=conversation_id, error=str(error))
 

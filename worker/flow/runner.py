@@ -216,7 +216,7 @@ class Runner:
                 await self._admit()
             self._tell_interrupts()
             now = self._clock()
-            step = self._lane.next(now, self._breaker.hold_until(now))
+            step = self._lane.next(now, self._breaker.outage_until(now), self._breaker.pause_until)
             self._pauses.look(self._lane.waiting_chars)
             if step.work is None:
                 self._submit(step.conclusions)
@@ -233,6 +233,8 @@ class Runner:
                     # Should its key move meanwhile, there must be a row that tells where it came from.
                     self._memory.move(self._tenure.partition)
                 self._submit(step.conclusions)
+                if not self._lane.seeks_session:
+                    await self._desk.leave_line(self.conversation_id)
                 await self._doze(step.work.until - self._clock())
             else:
                 result = None

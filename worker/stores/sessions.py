@@ -5,7 +5,8 @@
     ready, ending, lost    see `ports.HeldState`
 
 Slots are counted under one lock, and every claim waits for it. `since` is the place in the line; who comes later has a
-later one, whatever the clock of its worker says. `last_used` of a claim is when it was made.
+later one, whatever the clock of its worker says. `last_used` of a claim is when it was made. `reason` of one that waits
+or is claimed: the API had no room for it, or for one in front; until it has a session nobody behind it creates one.
 """
 
 import json
@@ -23,11 +24,21 @@ from worker.stores.tables import conversations, facts, ghosts, sessions
 
 _PLACE = "sessions"
 _WAITING, _CREATING = "waiting", "creating"
+_NO_ROOM = "no_room"
 _LOST_KEPT_S = 86_400.0
 _NEXT_S = 1e-6
 _FOUND = (HeldState.READY, HeldState.ENDING, HeldState.LOST)
 _ALIVE = (_CREATING, HeldState.READY, HeldState.ENDING)
 """What takes a slot."""
+_REFUSED = sa.and_(
+    sessions.c.reason == _NO_ROOM,
+    sessions.c.lease_until >= sa.bindparam("now"),
+    sessions.c.conversation_id != sa.bindparam("conversation_id"),
+)
+_LINE = sa.select(sa.func.max(sessions.c.since), sa.func.min(sa.case((_REFUSED, sessions.c.since)))).where(
+    sessions.c.state.in_((_WAITING, _CREATING))
+)
+"""The last place of all who stand in line or may come back to it, and the first of those the API had no room for."""
 
 
 class SqlSessions:
@@ -54,21 +65,25 @@ class SqlSessions:
         return None if found is None else _held(found)
 
     async def claim(
-        self, conversation_id: str, owner: str, now: float, until: float, slots: Slots
+        self, conversation_id: str, owner: str, now: float, until: float, slots: Slots, *, paused: bool = False
     ) -> Held | Refusal | None:
         """Alone, since it locks the slots and then a row."""
-        return await self._database.write(
-            lambda connection: _claim(connection, conversation_id, owner=owner, now=now, until=until, slots=slots),
-            _PLACE,
-            alone=True,
-        )
 
-    async def unclaim(self, conversation_id: str, owner: str, now: float, slots: Slots, *, ghost: bool) -> None:
+        def work(connection: sa.Connection) -> Held | Refusal | None:
+            return _claim(connection, conversation_id, owner=owner, now=now, until=until, slots=slots, paused=paused)
+
+        return await self._database.write(work, _PLACE, alone=True)
+
+    async def unclaim(
+        self, conversation_id: str, owner: str, now: float, slots: Slots, *, ghost: bool, full: bool = False
+    ) -> None:
         """Back into the line: `since` stays."""
         mine = _is_claim(conversation_id, owner, _CREATING)
 
         def work(connection: sa.Connection) -> None:
-            wait = {"state": _WAITING, "lease_until": now + slots.patience_s}
+            # Any other trouble is its own, and no reason for others to wait.
+            reason = _NO_ROOM if full else None
+            wait = {"state": _WAITING, "lease_until": now + slots.patience_s, "reason": reason}
             found = connection.execute(sa.update(sessions).where(*mine).values(wait)).rowcount
             if found and ghost:
                 _haunt(connection, conversation_id, now, now + slots.ghost_s)
@@ -156,13 +171,20 @@ class SqlSessions:
 
 
 def _claim(
-    connection: sa.Connection, conversation_id: str, *, owner: str, now: float, until: float, slots: Slots
+    connection: sa.Connection,
+    conversation_id: str,
+    *,
+    owner: str,
+    now: float,
+    until: float,
+    slots: Slots,
+    paused: bool,
 ) -> Held | Refusal | None:
     connection.execute(sa.select(facts.c.value).where(facts.c.name == "store_id").with_for_update())
     connection.execute(sa.delete(ghosts).where(ghosts.c.until <= now))
     mine = sessions.c.conversation_id == conversation_id
     row = connection.execute(sa.select(sessions).where(mine).with_for_update()).one_or_none()
-    since = None
+    since = reason = None
     if row is not None:
         match row.state:
             case HeldState.READY:
@@ -176,10 +198,15 @@ def _claim(
             case "creating":
                 _haunt(connection, conversation_id, row.last_used, row.last_used + slots.ghost_s)
             case "waiting" if row.lease_until >= now:
-                since = row.since
+                since, reason = row.since, row.reason
+    last, refused = connection.execute(_LINE, {"conversation_id": conversation_id, "now": now}).one()
     if since is None:
-        since = _last_place(connection, now)
-    full = bool(slots.limit) and _taken(connection, conversation_id, since, now) >= slots.limit
+        since = now if last is None else max(now, last + _NEXT_S)
+    refusal = Refusal.QUEUED if paused else None
+    if refused is not None and refused < since:
+        refusal, reason = Refusal.QUEUED, _NO_ROOM
+    elif slots.limit and _taken(connection, conversation_id, since, now) >= slots.limit:
+        refusal = Refusal.FULL
     values = {
         "conversation_id": conversation_id,
         "session_id": "",
@@ -187,20 +214,14 @@ def _claim(
         "attached": False,
         "last_used": now,
         "owner": owner,
-        "lease_until": now + slots.patience_s if full else until,
-        "state": _WAITING if full else _CREATING,
+        "lease_until": until if refusal is None else now + slots.patience_s,
+        "state": _CREATING if refusal is None else _WAITING,
         "since": since,
-        "reason": None,
+        "reason": reason,
     }
     claim = insert(sessions).values(values).on_conflict_do_update(index_elements=["conversation_id"], set_=values)
     connection.execute(claim)
-    return Refusal.FULL if full else None
-
-
-def _last_place(connection: sa.Connection, now: float) -> float:
-    """Behind all who stand in line."""
-    last = connection.execute(sa.select(sa.func.max(sessions.c.since)).where(sessions.c.state == _WAITING)).scalar_one()
-    return now if last is None else max(now, last + _NEXT_S)
+    return refusal
 
 
 def _taken(connection: sa.Connection, conversation_id: str, since: float, now: float) -> int:
