@@ -16,6 +16,7 @@ import structlog
 from worker.amqp.dead import DeadQueue
 from worker.amqp.inbox import Inbox
 from worker.amqp.link import Link, where
+from worker.amqp.management import Management
 from worker.amqp.outbox import Outbox
 from worker.amqp.topology import Record
 from worker.amqp.watchdog import Watchdog
@@ -96,7 +97,14 @@ async def run(settings: Settings) -> None:
         )
         wanted = Record(settings.partitions, await store.identity(), settings.prefetch)
         inbox = Inbox(
-            lanes, ledger.raise_epoch, outbox.announce, wanted=wanted, worker=name, clock=clock, metrics=metrics
+            lanes,
+            ledger.raise_epoch,
+            outbox.announce,
+            wanted=wanted,
+            worker=name,
+            clock=clock,
+            metrics=metrics,
+            management=Management.of(settings.management_url, settings.amqp_url),
         )
         lanes.tenure_of = inbox.tenure_of
         _read(metrics, lanes, backlog, desk, inbox)

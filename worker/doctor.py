@@ -7,6 +7,7 @@ from urllib.parse import urlsplit
 
 from worker import app, operate
 from worker.amqp import inspection, link
+from worker.amqp.management import Management
 from worker.amqp.topology import Record
 from worker.avatar import rehearsal
 from worker.avatar.client import AvatarClient
@@ -69,7 +70,8 @@ async def _broker(settings: TopologySettings, wanted: Record | None) -> AsyncIte
             if wanted is None:
                 yield Finding.unchecked("topology", "not without the store")
                 return
-            for finding in await inspection.inspect(connection, wanted):
+            management = Management.of(settings.management_url, settings.amqp_url)
+            for finding in await inspection.inspect(connection, wanted, management):
                 yield finding
     except ConfigurationError as error:
         yield Finding.wrong("broker", str(error))

@@ -8,6 +8,7 @@ from rich.table import Table
 
 from worker.amqp import inspection, link, topology
 from worker.amqp import repartition as repartitioning
+from worker.amqp.management import Management
 from worker.amqp.topology import Record
 from worker.core.finding import Finding, State
 from worker.errors import TopologyError
@@ -21,6 +22,7 @@ from worker.stores.sessions import SqlSessions
 async def declare_topology(settings: TopologySettings) -> int:
     """Declare what the contract names, check it, and print what stands there; returns the exit code."""
     wanted = await wanted_by(settings)
+    management = Management.of(settings.management_url, settings.amqp_url)
     refused: TopologyError | None = None
     async with connected(settings) as connection:
         try:
@@ -28,7 +30,7 @@ async def declare_topology(settings: TopologySettings) -> int:
         except TopologyError as error:
             refused = error  # after what else there is to say
     async with connected(settings) as connection:
-        wrong = [tell(finding) for finding in await inspection.inspect(connection, wanted)]
+        wrong = [tell(finding) for finding in await inspection.inspect(connection, wanted, management)]
         if refused is not None:
             raise refused
         rows = await topology.survey(connection, wanted.partitions)

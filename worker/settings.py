@@ -57,6 +57,14 @@ class TopologySettings(BrokerSettings):
     A stream at 40 tokens a second holds up to 60 that wait for their sentence's end: this is for some 60 of them.
     """
     store_url: Annotated[str, Field(repr=False)] = "sqlite:///avatar-worker.db"
+    management_url: SecretStr | None = None
+
+    @field_validator("management_url")
+    @classmethod
+    def _is_management(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None:
+            _demand_url(value.get_secret_value(), ("http", "https"))
+        return value
 
     @field_validator("store_url")
     @classmethod

@@ -41,7 +41,7 @@ SETTINGS = (
         "LEDGER_",
         "LLM_",
     ),
-    *("LOG_", "OPS_", "PARTITIONS", "PREFETCH", "SESSION_", "SPEECH_", "STORE_", "VOICE_", "WORKER_"),
+    *("LOG_", "MANAGEMENT_", "OPS_", "PARTITIONS", "PREFETCH", "SESSION_", "SPEECH_", "STORE_", "VOICE_", "WORKER_"),
 )
 
 

@@ -8,7 +8,9 @@ import pytest
 from schemas.routes import partition_queue
 from tests.acceptance.conftest import KS, Finished, Simulator, StartWorker, finished, started
 from tests.support.bus import Bus
+from tests.support.policies import policies
 from worker.doctor import _where
+from worker.local.broker import OwnedBroker
 
 Command = Callable[..., Awaitable[Finished]]
 
@@ -84,6 +86,36 @@ async def test_what_is_wrong_is_named_with_the_remedy(
         assert remedy in wrong[item]
     assert "s3cret" not in found.out + found.err
     assert KS not in found.out + found.err
+
+
+async def test_policies_cannot_be_seen_without_the_management_api(command: Command) -> None:
+    for found in (await command("topology"), await command("doctor")):
+        assert found.code == 0
+        assert "set MANAGEMENT_URL" in lines(found, "unchecked")["policies"]
+
+
+async def test_a_policy_that_harms_is_named_with_the_command(command: Command, owned_broker: OwnedBroker) -> None:
+    async with policies(owned_broker) as operator:
+        settings = {"AMQP_URL": owned_broker.url, "MANAGEMENT_URL": operator.api, "PARTITIONS": "4"}
+        await operator.put("ttl", {"message-ttl": 3_600_000}, pattern=".*")
+        for found in (await command("topology", **settings), await command("doctor", **settings)):
+            assert found.code == 1
+            wrong = lines(found, "WRONG")
+            assert wrong.keys() == {"policy ttl"}
+            assert f"rabbitmqctl clear_policy -p {operator.vhost} ttl" in wrong["policy ttl"]
+        await operator.clear("ttl")
+        found = await command("doctor", **settings)
+        assert found.code == 0
+        assert "policies" in lines(found, "ok")
+
+
+async def test_a_management_api_that_does_not_answer_is_wrong(command: Command) -> None:
+    assert (await command("topology")).code == 0
+    found = await command("doctor", MANAGEMENT_URL="http://u:s3cret@127.0.0.1:1/")
+    assert found.code == 1
+    assert lines(found, "WRONG").keys() == {"policies"}
+    assert "MANAGEMENT_URL: no answer from http://127.0.0.1:1: " in lines(found, "WRONG")["policies"]
+    assert "s3cret" not in found.out + found.err
 
 
 async def test_live_it_asks_first(command: Command, simulator: Simulator) -> None:

@@ -10,6 +10,8 @@ import pytest
 from tests.acceptance.conftest import Simulator, StartWorker
 from tests.support.alarm import alarm
 from tests.support.bus import Bus, connected
+from tests.support.policies import policies
+from tests.support.proxy import proxied
 from worker.core.ownership import score
 from worker.local.broker import OwnedBroker
 
@@ -157,6 +159,33 @@ async def test_a_worker_that_does_not_fit_the_broker_exits_2(start_worker: Start
         assert all(name in refused.log.splitlines()[-1] for name in names)
         assert "Traceback" not in refused.log
     await bus.ended(await bus.say("c", "t", "Still served."))
+
+
+async def test_a_worker_refuses_a_policy_that_could_lose_commands(
+    start_worker: StartWorker, owned_broker: OwnedBroker
+) -> None:
+    """At its start, and when it connects again."""
+    async with policies(owned_broker) as operator, proxied(owned_broker.url) as proxy:
+        await operator.put("limit", {"delivery-limit": 3}, operator=True, to="queues")
+        settings = {"AMQP_URL": proxy.url, "MANAGEMENT_URL": operator.api}
+        refused = await start_worker(ready=False, **settings)
+        assert await refused.ended() == 2
+        assert f"rabbitmqctl clear_operator_policy -p {operator.vhost} limit" in refused.log.splitlines()[-1]
+        assert "Traceback" not in refused.log
+        await operator.clear("limit", operator=True)
+        worker = await start_worker(**settings)
+        assert "policies_unchecked" not in worker.log
+        await operator.put("limit", {"delivery-limit": 3})
+        proxy.cut()
+        assert await worker.ended() == 2
+        assert "clear_policy" in worker.log.splitlines()[-1]
+
+
+async def test_a_worker_starts_although_the_management_api_is_away(start_worker: StartWorker, bus: Bus) -> None:
+    worker = await start_worker(MANAGEMENT_URL="http://u:s3cret@127.0.0.1:1/")
+    await worker.child.logged(r"(MANAGEMENT_URL: no answer from http://127.0.0.1:1: .*policies_unchecked)")
+    await bus.ended(await bus.say("c", "t", "Spoken all the same."))
+    assert "s3cret" not in worker.log
 
 
 @pytest.mark.timeout(120)

@@ -20,6 +20,7 @@ from schemas.events import encode
 from tests.support.conversation import GONE, REFUSED, Conversation, entry, speak
 from tests.support.simulator import Simulator
 from worker import explain
+from worker.amqp.management import Management
 from worker.amqp.parked import without_token
 from worker.avatar.client import Api, AvatarClient
 from worker.avatar.credentials import FixedKs, Minted
@@ -113,7 +114,13 @@ def test_events_and_reprs_of_everything_a_lane_has(token: str, credential: str) 
 @given(secret=opaque)
 def test_reprs_of_what_holds_credentials(secret: str) -> None:
     held = Held("c1", Session("s1", secret, viewer=Viewer("https://whep", {"credential": secret})), 1.0)
-    settings = Settings(avatar_ks=SecretStr(secret), kaltura_app_token=SecretStr(secret), kaltura_admin_secret=secret)
+    url = SecretStr(f"http://u:{secret}@host/")
+    settings = Settings(
+        avatar_ks=SecretStr(secret),
+        kaltura_app_token=SecretStr(secret),
+        kaltura_admin_secret=secret,
+        management_url=url,
+    )
     held_by = [
         held,
         settings,
@@ -121,6 +128,7 @@ def test_reprs_of_what_holds_credentials(secret: str) -> None:
         AppToken("id", secret),
         AdminSecret(secret),
         FixedKs(SecretStr(secret)),
+        Management.of(url, settings.amqp_url),
     ]
     assert secret not in repr(held_by) + str(held_by)
 

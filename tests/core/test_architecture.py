@@ -46,7 +46,7 @@ ROOMS_OF = {
     "aio_pika": {"worker.amqp"},
     "aiormq": {"worker.amqp"},
     "pamqp": {"worker.amqp"},
-    "aiohttp": {"worker.avatar", "worker.ops", "worker.local"},
+    "aiohttp": {"worker.amqp", "worker.avatar", "worker.ops", "worker.local"},
     "sqlalchemy": {"worker.stores"},
     "asyncpg": {"worker.stores"},
     "prometheus_client": {"worker.ops"},

@@ -17,6 +17,7 @@ from worker.amqp import notes, topology
 from worker.amqp.delivery import AmqpDelivery
 from worker.amqp.express import Express
 from worker.amqp.link import LOSSES, Loss, named_losses
+from worker.amqp.management import Management, demand_harmless_policies
 from worker.amqp.reading import understand
 from worker.amqp.tenure import ChannelTenure, RaiseEpoch
 from worker.amqp.topology import Record
@@ -70,6 +71,7 @@ class Inbox:
         worker: str,
         clock: Clock,
         metrics: Metrics | None = None,
+        management: Management | None = None,
     ) -> None:
         self.ready = asyncio.Event()
         self.express = Express(receiver.hear, self._make_way, clock)
@@ -80,6 +82,7 @@ class Inbox:
         self._worker = worker
         self._clock = clock
         self._metrics = metrics or Metrics()
+        self._management = management
         self._tenures: dict[int, ChannelTenure] = {}
         self._rejoining: list[asyncio.Task[None]] = []
         self._leaving = asyncio.Event()
@@ -87,6 +90,7 @@ class Inbox:
     async def session(self, connection: AbstractConnection) -> None:
         """Declare, consume, and return only by raising: LinkLost when any part of it is lost."""
         await topology.declare(connection, self._wanted)
+        await demand_harmless_policies(self._management, self._wanted.partitions)
         self.express.declared.set()
         loss = Loss(connection)
         self._rejoining = []

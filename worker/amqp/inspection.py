@@ -2,8 +2,8 @@
 
 Bindings cannot be listed over AMQP: they are proven by probes. A worker would take a probe for a broken command, so
 they are sent only while nobody consumes and the partition queues are empty, and under the topology's mutex, which keeps
-workers from starting. What cannot be seen at all are policies, and in which order the hash exchange takes its queues;
-a worker notices by itself when a conversation has changed its partition.
+workers from starting. Policies the management API shows. What cannot be seen at all is in which order the hash exchange
+takes its queues; a worker notices by itself when a conversation has changed its partition.
 """
 
 import asyncio
@@ -18,6 +18,7 @@ from aiormq.exceptions import ChannelAccessRefused
 
 from schemas import routes
 from worker.amqp import topology
+from worker.amqp.management import Management, inspect_policies
 from worker.amqp.topology import Record, Row
 from worker.core.finding import Finding, State
 from worker.errors import LinkLost, TopologyError
@@ -31,7 +32,9 @@ _BODY = b'{"type":"topology.probe"}'
 _DECLARE = "run `topology`, or start a worker"
 
 
-async def inspect(connection: AbstractConnection, wanted: Record) -> list[Finding]:
+async def inspect(
+    connection: AbstractConnection, wanted: Record, management: Management | None = None
+) -> list[Finding]:
     """What is right, wrong and unknown about the broker, for workers with these settings."""
     findings = [_version(connection)]
     try:
@@ -48,8 +51,7 @@ async def inspect(connection: AbstractConnection, wanted: Record) -> list[Findin
         findings.append(Finding.unchecked("topology", f"{error}; try again"))
     except ChannelAccessRefused as error:
         findings.append(Finding.wrong("topology", str(error)))
-    policies = "AMQP does not show them; `rabbitmqctl list_policies` should show none that apply to avatar.*"
-    return [*findings, Finding.unchecked("policies", policies)]
+    return [*findings, *await inspect_policies(management, wanted.partitions)]
 
 
 async def permissions(connection: AbstractConnection) -> Finding:

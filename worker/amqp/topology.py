@@ -40,6 +40,9 @@ MOVING = (4, 0)
 OLDEST = (3, 10)
 """The oldest RabbitMQ that dead-letters at least once and lets a message expire in a quorum queue."""
 
+DELIVERY_LIMIT = 1_000_000
+"""A clean close of a channel adds a delivery to everything it held: a small limit dead-letters healthy commands."""
+
 _MUTEX = "avatar.topology.mutex"
 _MUTEX_PAUSE_S = 0.1
 _MUTEX_TRIES = 300
@@ -47,10 +50,8 @@ _RECORD_PAUSE_S = 0.1
 _RECORD_TRIES = 30
 """A record that a dying worker held comes back to its queue a moment after the mutex is free."""
 _LOOKS = 10
-_DELIVERY_LIMIT = 1_000_000
-"""A clean close of a channel adds a delivery to everything it held: a small limit dead-letters healthy commands."""
 
-KEPT: FieldTable = {"x-queue-type": "quorum", "x-delivery-limit": _DELIVERY_LIMIT}
+KEPT: FieldTable = {"x-queue-type": "quorum", "x-delivery-limit": DELIVERY_LIMIT}
 _PARTITION: FieldTable = {
     **KEPT,
     "x-single-active-consumer": True,
