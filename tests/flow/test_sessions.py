@@ -57,6 +57,18 @@ class TestStart:
         assert [answer["sessionId"] for answer in answers(flow)] == ["s1", "s2"]
         assert flow.outbox.told == ["session.ready", "session.ended", "session.ready"]
 
+    async def test_after_a_loss_met_while_a_turn_is_open(self, fleet: Fleet) -> None:
+        flow = fleet.join("w1", replace(RULES, shaping="off", auto_final_s=3600))
+        flow.speak("Well,")
+        await flow.all_settled()
+        assert flow.lanes.is_served("c1")
+        flow.clock.now += 11
+        flow.api.results["keep_alive"] = [GONE]
+        await flow.tick()
+        start(flow)
+        await flow.all_settled()
+        assert [wire(event)["sessionId"] for event in flow.told("session.ready")] == ["s1", "s2"]
+
     async def test_after_a_loss(self, flow: Flow) -> None:
         start(flow, avatarId="bob", voiceId="v2")
         await flow.all_settled()

@@ -215,6 +215,8 @@ class Runner:
             async with self._admitting:
                 await self._admit()
             self._tell_interrupts()
+            if self._lane.session is not None:
+                await self._look_for_session()
             now = self._clock()
             step = self._lane.next(now, self._breaker.outage_until(now), self._breaker.pause_until)
             self._pauses.look(self._lane.waiting_chars)
@@ -226,8 +228,7 @@ class Runner:
                     await self._doze(LINGER_S)
                 if not self._arrived and not self._errands and not self._moves:
                     return
-                if self._tenure is not None and self.conversation_id not in self._desk.leases:
-                    self._lane.begin(*await self._desk.recall(self.conversation_id))
+                await self._look_for_session()
             elif isinstance(step.work, Wait):
                 if self._tenure is not None and not self._memory.version:
                     # Should its key move meanwhile, there must be a row that tells where it came from.
@@ -250,6 +251,11 @@ class Runner:
                     # Cutting the next piece takes a while. The loop looks at the network between any two lanes, so that
                     # an interrupt does not wait for a herd of them.
                     await asyncio.sleep(0)
+
+    async def _look_for_session(self) -> None:
+        """What the lane knows of its session is no longer true where its lease is gone: a keep-alive found it lost."""
+        if self._tenure is not None and self.conversation_id not in self._desk.leases:
+            self._lane.begin(*await self._desk.recall(self.conversation_id))
 
     async def _doze(self, seconds: float) -> None:
         """Until something wakes it, or that time is over. A time-out would cost more than all else a token costs."""
