@@ -9,18 +9,16 @@ from contextlib import AsyncExitStack
 
 import aio_pika
 import pytest
-from aio_pika.abc import AbstractChannel, AbstractConnection, AbstractIncomingMessage
+from aio_pika.abc import AbstractConnection
 from aio_pika.exceptions import PublishError
 from aiormq.exceptions import ChannelLockedResource
 
-from schemas.routes import partition_queue
 from tests.integration.conftest import agreed
 from tests.support.alarm import alarm
 from tests.support.bus import Bus, connected, properties
+from tests.support.owner import QUEUE, Owner, fill
 from worker.amqp import topology
 from worker.local.broker import OwnedBroker
-
-QUEUE = partition_queue(0)
 
 
 @pytest.fixture
@@ -28,41 +26,6 @@ async def connection(amqp_url: str) -> AsyncIterator[AbstractConnection]:
     async with await aio_pika.connect(amqp_url) as connection:
         await topology.declare(connection, agreed(1))
         yield connection
-
-
-class Owner:
-    """A consumer that acknowledges nothing by itself."""
-
-    def __init__(self, channel: AbstractChannel) -> None:
-        self.channel = channel
-        self.held: list[AbstractIncomingMessage] = []
-        self._arrived = asyncio.Condition()
-
-    @classmethod
-    async def of(cls, connection: AbstractConnection, prefetch: int) -> "Owner":
-        owner = cls(await connection.channel())
-        await owner.channel.set_qos(prefetch)
-        queue = await owner.channel.get_queue(QUEUE)
-        await queue.consume(owner._take)
-        return owner
-
-    async def holds(self, count: int) -> list[str]:
-        """The texts it holds, once there are so many."""
-        async with asyncio.timeout(20), self._arrived:
-            await self._arrived.wait_for(lambda: len(self.held) >= count)
-        return [message.body.decode() for message in self.held]
-
-    async def _take(self, message: AbstractIncomingMessage) -> None:
-        async with self._arrived:
-            self.held.append(message)
-            self._arrived.notify_all()
-
-
-async def fill(bus: Bus, count: int) -> list[str]:
-    bodies = [f"{number}" for number in range(count)]
-    for body in bodies:
-        await bus.publish(body.encode(), "c")
-    return bodies
 
 
 async def test_closing_a_channel_returns_what_it_held_to_the_head(bus: Bus, connection: AbstractConnection) -> None:
