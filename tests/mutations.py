@@ -84,6 +84,16 @@ MUTATIONS = (
         "        for tag in list(channel.consumers):\n            await channel.basic_cancel(tag)",
         ("tests/integration/test_backlog.py", "-k", "fenced_off and not rabbitmq-4"),
     ),
+    Mutation(
+        "nothing is acknowledged on a channel that is being closed",
+        "worker/amqp/inbox.py",
+        "            tenure.end()\n            self._receiver.forget(tenure)\n            try:\n"
+        "                with named_losses():\n                    await tenure.close()\n",
+        "            self._receiver.forget(tenure)\n            try:\n"
+        "                with named_losses():\n                    await tenure.close()\n"
+        "                    tenure.end()\n",
+        ("tests/integration/test_hand_over.py", "-k", "being_closed and not rabbitmq-4"),
+    ),
 )
 
 

@@ -163,6 +163,17 @@ def test_nothing_is_handed_back_to_the_broker(module: str) -> None:
     }
 
 
+@pytest.mark.parametrize("module", [module for module in MODULES if belongs_to(module, {"worker.amqp"})])
+def test_no_queue_is_short_lived_and_shared_and_no_prefetch_for_a_whole_connection(module: str) -> None:
+    """RabbitMQ 4.3 denies both."""
+    calls = [node for node in ast.walk(MODULES[module]) if isinstance(node, ast.Call)]
+    for call in calls:
+        given = {keyword.arg for keyword in call.keywords}
+        assert not given & {"global_"}
+        if isinstance(call.func, ast.Attribute) and call.func.attr in {"declare_queue", "queue_declare"}:
+            assert given & {"durable", "exclusive", "passive"}, call.lineno
+
+
 def test_no_module_has_a_vague_name() -> None:
     assert not [module for module in MODULES if VAGUE & set(module.split("."))]
 

@@ -114,6 +114,14 @@ def test_the_official_sdk_and_the_schema_accept_it(data: Data, conversation_id: 
     assert event.routing_key == f"{event.type}.{subject}"
 
 
+@pytest.mark.parametrize("data", SAMPLES, ids=[f"{type(data).__name__}{n}" for n, data in enumerate(SAMPLES)])
+def test_the_routing_key_of_the_longest_conversation_id_can_be_published(data: Data) -> None:
+    """255 bytes: tests/integration/test_traps_publishing.py."""
+    longest = "c" * 128
+    assert routes.is_conversation_id(longest)
+    assert len(Event(longest, data, "key").routing_key.encode()) <= 255
+
+
 def test_the_time_defaults_to_now_in_utc() -> None:
     told = datetime.fromisoformat(envelope(Event("c1", TurnStarted(turn_id="t1"), "k"))["time"])
     assert abs((datetime.now(UTC) - told).total_seconds()) < 60

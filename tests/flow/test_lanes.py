@@ -1,10 +1,12 @@
 """Lanes side by side: isolated, rebuilt when they fail, gone when they are idle, stopped in phases."""
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
+import structlog
 
 from schemas.commands import FieldError, Malformed, RejectReason
 from tests.flow.conftest import Fleet, Flow
@@ -63,6 +65,26 @@ async def test_a_lane_leaves_the_map_and_comes_back_with_its_memory(flow: Flow) 
     events = flow.told("speech.accepted")
     assert len(events) == 2
     assert len({event.id("s") for event in events}) == 1
+
+
+async def test_a_lane_does_not_log_in_the_name_of_whoever_began_it(flow: Flow, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A task inherits the context of the one that starts it, and lanes outlive the delivery they began with."""
+    seen: list[dict[str, Any]] = []
+
+    def noted(method: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+        async def note(*arguments: Any) -> Any:
+            seen.append(structlog.contextvars.get_contextvars())
+            return await method(*arguments)
+
+        return note
+
+    monkeypatch.setattr(flow.api, "say", noted(flow.api.say))
+    monkeypatch.setattr(flow.outbox, "tell", noted(flow.outbox.tell))
+    with structlog.contextvars.bound_contextvars(delivery="the first"):
+        flow.speak("a", final=True)
+    await flow.all_settled()
+    assert len(seen) > 1
+    assert not any(seen)
 
 
 async def test_a_lane_that_crashes_is_rebuilt_and_its_neighbours_never_notice(

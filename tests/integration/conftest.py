@@ -156,6 +156,7 @@ def start(amqp_url: str) -> Start:
         *,
         url: str = amqp_url,
         publish_url: str | None = None,
+        heartbeat_s: int = 10,
         name: str = "w1",
         partitions: int = 1,
         event_retry_s: float = 30.0,
@@ -197,7 +198,7 @@ def start(amqp_url: str) -> Start:
         tasks = tuple(
             asyncio.create_task(work)
             for work in (
-                *(Link(where, name=name, heartbeat_s=10).run(life) for where, life in links),
+                *(Link(where, name=name, heartbeat_s=heartbeat_s).run(life) for where, life in links),
                 lanes.run(outbox.knock),
             )
         )

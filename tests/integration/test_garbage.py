@@ -1,5 +1,6 @@
 """No message may kill a connection or stay unanswered: whatever its properties and body, it ends in one event."""
 
+import asyncio
 import json
 from collections.abc import Iterable
 from datetime import UTC, datetime
@@ -10,9 +11,11 @@ from aio_pika.exceptions import AMQPError
 from aiormq.abc import DeliveredMessage
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pamqp import decode
 
 from tests.integration.conftest import Station
 from tests.support.bus import Bus, Document, Moment, Raw, connected, properties
+from tests.support.owner import Owner
 
 BAD = b"\xff\xfe\x80"
 QUEUE = "avatar.commands.v1.p00"
@@ -117,6 +120,24 @@ def missing(bus: Bus, type_: str, expected: Iterable[str] = NAMES) -> list[str]:
     """The cases that have no event of the type; there is none with two."""
     ended = [event["subject"] for event in bus.of(type_)]
     return [name for number, name in enumerate(expected) if ended.count(f"c{number}") != 1]
+
+
+@pytest.mark.parametrize("odd", ["routing key", "message_id"])
+async def test_what_is_not_utf_8_kills_the_connection_unless_it_is_decoded_leniently(
+    bus: Bus, amqp_url: str, monkeypatch: pytest.MonkeyPatch, odd: str
+) -> None:
+    """Why `worker.amqp.lenient` is there."""
+    monkeypatch.setitem(decode.METHODS, "shortstr", decode.short_str)
+    died = asyncio.Event()
+    async with connected(amqp_url) as victim:
+        victim.connection.close_callbacks.add(lambda *_: died.set())
+        queue = await victim.channel.declare_queue(exclusive=True)
+        await queue.bind("amq.topic", "#")
+        await Owner.of(victim.connection, prefetch=1, queue=queue.name)
+        strange = properties(message_id=Raw(BAD)) if odd == "message_id" else None
+        key = Raw(BAD) if odd == "routing key" else "c"
+        await bus.publish(b"", key, exchange="amq.topic", properties=strange)
+        await asyncio.wait_for(died.wait(), 20)
 
 
 async def test_odd_properties_do_not_matter_to_speech(station: Station, bus: Bus) -> None:

@@ -8,11 +8,14 @@ from asyncio.subprocess import PIPE
 from pathlib import Path
 
 import pytest
+from aio_pika import Message
+from aio_pika.abc import AbstractExchange, AbstractIncomingMessage
 
 from tests.integration.conftest import Start, Station
 from tests.support.bus import Bus, Document, eventually, properties
 from tests.support.proxy import proxied
 from tests.support.scrape import value
+from worker.amqp import outbox
 
 ROOT = Path(__file__).parents[2]
 QUEUE = "avatar.commands.v1.p00"
@@ -66,6 +69,40 @@ async def test_a_listener_that_makes_room_in_time_misses_nothing(start: Start, b
                     heard.append(json.loads(message.body)["type"])
         assert heard[:3] == ["avatar.session.ready", "avatar.turn.started", "avatar.speech.accepted"]
         await bus.ended(message_id)
+
+
+async def test_an_event_is_published_again_under_a_fresh_message_id(start: Start, bus: Bus, full: str) -> None:
+    """Under one id the results of two attempts would be mixed up: tests/integration/test_traps_publishing.py."""
+    copies: asyncio.Queue[AbstractIncomingMessage] = asyncio.Queue()
+    queue = await bus.channel.declare_queue(exclusive=True)
+    await queue.bind("avatar.events", "avatar.session.ready.*")
+    await queue.consume(copies.put, no_ack=True)
+    async with start(event_retry_s=3600), asyncio.timeout(20):
+        await bus.say("c", "t1", "one")
+        found = [await copies.get() for _ in range(3)]
+    assert len({json.loads(copy.body)["id"] for copy in found}) == 1
+    assert len({copy.message_id for copy in found}) == 3
+
+
+async def test_copies_are_parked_one_after_the_other(
+    station: Station, bus: Bus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They keep the command's message_id, which several may have."""
+    under_way: list[int] = [0]
+    publish = outbox._publish
+
+    async def counted(exchange: AbstractExchange, message: Message, routing_key: str, *, mandatory: bool) -> None:
+        parking = routing_key == "avatar.parked"
+        under_way.append(under_way[-1] + parking)
+        await publish(exchange, message, routing_key, mandatory=mandatory)
+        under_way.append(under_way[-1] - parking)
+
+    monkeypatch.setattr(outbox, "_publish", counted)
+    for number in range(10):
+        await bus.send(f"c{number}", b"{", message_id="the same")
+    await bus.until(lambda: len(bus.of("command.rejected")) == 10)
+    assert len(await bus.parked(10)) == 10
+    assert max(under_way) == 1
 
 
 async def test_nobody_has_to_listen(start: Start, bus: Bus) -> None:

@@ -8,13 +8,14 @@ from aio_pika.abc import AbstractConnection
 from aiormq.exceptions import ChannelInvalidStateError
 
 from schemas.routes import partition_queue
-from tests.integration.conftest import Start, agreed
+from tests.integration.conftest import Avatar, Start, agreed
 from tests.support.bus import Bus, connected, eventually
 from tests.support.proxy import proxied
 from worker.amqp.delivery import AmqpDelivery
 from worker.amqp.inbox import Inbox
 from worker.amqp.tenure import ChannelTenure
 from worker.core.model import Entry, Marker, Misfit
+from worker.core.ownership import score
 from worker.core.work import Rules
 from worker.errors import LinkLost
 from worker.flow.clock import SteadyClock
@@ -91,6 +92,32 @@ async def test_another_worker_takes_over(start: Start, bus: Bus) -> None:
         await owner.gone()
         await bus.ended(message_id)
         await standby.said("two")
+
+
+async def test_another_worker_takes_over_from_one_that_nothing_reaches_any_more(
+    start: Start, bus: Bus, amqp_url: str, tmp_path: Path
+) -> None:
+    """The broker gives it up after two or three heartbeats. What it was sent comes through when all is over."""
+    avatar, store_url = Avatar(), f"sqlite:///{tmp_path}/store.db"
+    ranked = sorted(("w1", "w2"), key=lambda name: score(name, 0), reverse=True)
+    async with (
+        proxied(amqp_url) as proxy,
+        start(url=proxy.url, name=ranked[0], heartbeat_s=1, store_url=store_url, avatar=avatar) as cut_off,
+        start(name=ranked[1], store_url=store_url, avatar=avatar) as standby,
+    ):
+        ids = [await bus.say("c", "t", "0 ", final=False)]
+        await bus.ended(ids[0])
+        assert cut_off.inbox.owned == 1
+        proxy.passing.clear()
+        ids += [await bus.say("c", "t", f"{number} ", final=number == 9) for number in range(1, 10)]
+        await bus.all_ended(ids)
+        assert standby.inbox.owned == 1
+        proxy.passing.set()
+        await cut_off.reconnected()
+        ids.append(await bus.say("c", "u", "10 "))
+        await bus.all_ended(ids)
+        assert "".join(piece.text for piece in avatar.said) == "".join(f"{number} " for number in range(11))
+        assert not bus.of("speech.accepted", possibleDuplicate=True)
 
 
 class Catcher:

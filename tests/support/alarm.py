@@ -1,4 +1,4 @@
-"""The memory alarm of a broker that belongs to the tests."""
+"""The memory alarm of a broker that belongs to the tests, and its patience with consumers."""
 
 import asyncio
 import subprocess
@@ -11,6 +11,7 @@ from worker.local.broker.container import Container
 from worker.local.broker.node import PrivateNode
 
 _CTL_S = 60
+_LOOK_MS = 200
 
 
 @asynccontextmanager
@@ -21,6 +22,23 @@ async def alarm(broker: OwnedBroker) -> AsyncIterator[None]:
         yield
     finally:
         await asyncio.to_thread(_control, broker, "set_vm_memory_high_watermark", "0.6")
+
+
+@asynccontextmanager
+async def patience(broker: OwnedBroker, within_s: float) -> AsyncIterator[None]:
+    """The broker takes its channel from a consumer that holds a delivery for so long; on channels opened meanwhile."""
+    await asyncio.to_thread(_control, broker, "eval", _patience(round(within_s * 1000), _LOOK_MS))
+    try:
+        yield
+    finally:
+        await asyncio.to_thread(_control, broker, "eval", _patience(1_800_000, 60_000))
+
+
+def _patience(timeout_ms: int, look_ms: int) -> str:
+    return "".join(
+        f"application:set_env(rabbit, {name}, {value}){end}"
+        for name, value, end in (("consumer_timeout", timeout_ms, ","), ("channel_tick_interval", look_ms, "."))
+    )
 
 
 def _control(broker: OwnedBroker, *arguments: str) -> None:

@@ -12,8 +12,8 @@ from worker.local.broker.base import free_port
 class Proxy:
     """Passes on what comes, in both directions, until `cut`. `url` leads through it.
 
-    While not `passing` nothing goes through, and nobody is told: a black hole. `forged` is applied to what goes to the
-    broker; it must keep the length.
+    While not `passing` nothing goes through, and nobody is told: a black hole. While not `answering` the broker hears
+    everything and is not heard. `forged` is applied to what goes to the broker; it must keep the length.
     """
 
     def __init__(self, url: str, forged: Callable[[bytes], bytes] = bytes) -> None:
@@ -25,6 +25,8 @@ class Proxy:
         self._target = parts.hostname, parts.port
         self.passing = asyncio.Event()
         self.passing.set()
+        self.answering = asyncio.Event()
+        self.answering.set()
         self._forged = forged
         self._writers: set[asyncio.StreamWriter] = set()
 
@@ -38,18 +40,25 @@ class Proxy:
         pair = {writer, back}
         self._writers |= pair
         try:
-            await asyncio.gather(self._pass_on(reader, back, self._forged), self._pass_on(there, writer))
+            await asyncio.gather(
+                self._pass_on(reader, back, forged=self._forged), self._pass_on(there, writer, self.answering)
+            )
         finally:
             self._writers -= pair
             for one in pair:
                 one.transport.abort()
 
     async def _pass_on(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, forged: Callable[[bytes], bytes] = bytes
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        *gates: asyncio.Event,
+        forged: Callable[[bytes], bytes] = bytes,
     ) -> None:
         with contextlib.suppress(OSError):
             while data := await reader.read(65536):
-                await self.passing.wait()
+                for gate in (self.passing, *gates):
+                    await gate.wait()
                 writer.write(forged(data))
                 await writer.drain()
             writer.transport.abort()
