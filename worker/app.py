@@ -14,9 +14,10 @@ from typing import Any, Self
 import structlog
 
 from worker.amqp.dead import DeadQueue
-from worker.amqp.inbox import Inbox
+from worker.amqp.inbox import Demand, Inbox
+from worker.amqp.limit import Limit
 from worker.amqp.link import Link, where
-from worker.amqp.management import Management
+from worker.amqp.management import Management, demand_harmless_policies
 from worker.amqp.outbox import Outbox
 from worker.amqp.topology import Record
 from worker.amqp.watchdog import Watchdog
@@ -104,7 +105,7 @@ async def run(settings: Settings) -> None:
             worker=name,
             clock=clock,
             metrics=metrics,
-            management=Management.of(settings.management_url, settings.amqp_url),
+            demand=_harmless_policies(settings),
         )
         lanes.tenure_of = inbox.tenure_of
         _read(metrics, lanes, backlog, desk, inbox)
@@ -142,6 +143,22 @@ async def run(settings: Settings) -> None:
         ending = keeper.end_all if settings.session_on_stop == "end" else None
         await _stop(lanes, inbox, signals, settings.drain_timeout_s, ending)
     _log.info(logs.WORKER_STOPPED, worker=name)
+
+
+def _harmless_policies(settings: Settings) -> Demand:
+    """What the broker's policies must not do, looked at whenever it is reached; without its API, tried out at first."""
+    management = Management.of(settings.management_url, settings.amqp_url)
+    tried = False
+
+    async def demand() -> None:
+        nonlocal tried
+        if management is not None:
+            await demand_harmless_policies(management, settings.partitions)
+        elif not tried:
+            tried = True
+            await Limit(settings.amqp_url.get_secret_value(), settings.heartbeat_s).demand_none()
+
+    return demand
 
 
 def _stay_responsive() -> None:

@@ -7,6 +7,7 @@ from urllib.parse import urlsplit
 
 from worker import app, operate
 from worker.amqp import inspection, link
+from worker.amqp.limit import Limit
 from worker.amqp.management import Management
 from worker.amqp.topology import Record
 from worker.avatar import rehearsal
@@ -71,7 +72,8 @@ async def _broker(settings: TopologySettings, wanted: Record | None) -> AsyncIte
                 yield Finding.unchecked("topology", "not without the store")
                 return
             management = Management.of(settings.management_url, settings.amqp_url)
-            for finding in await inspection.inspect(connection, wanted, management):
+            limit = Limit(settings.amqp_url.get_secret_value(), settings.heartbeat_s)
+            for finding in await inspection.inspect(connection, wanted, management, limit):
                 yield finding
     except ConfigurationError as error:
         yield Finding.wrong("broker", str(error))

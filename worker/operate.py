@@ -8,6 +8,7 @@ from rich.table import Table
 
 from worker.amqp import inspection, link, topology
 from worker.amqp import repartition as repartitioning
+from worker.amqp.limit import Limit
 from worker.amqp.management import Management
 from worker.amqp.topology import Record
 from worker.core.finding import Finding, State
@@ -30,7 +31,8 @@ async def declare_topology(settings: TopologySettings) -> int:
         except TopologyError as error:
             refused = error  # after what else there is to say
     async with connected(settings) as connection:
-        wrong = [tell(finding) for finding in await inspection.inspect(connection, wanted, management)]
+        limit = Limit(settings.amqp_url.get_secret_value(), settings.heartbeat_s)
+        wrong = [tell(finding) for finding in await inspection.inspect(connection, wanted, management, limit)]
         if refused is not None:
             raise refused
         rows = await topology.survey(connection, wanted.partitions)

@@ -109,6 +109,23 @@ async def test_a_policy_that_harms_is_named_with_the_command(command: Command, o
         assert "policies" in lines(found, "ok")
 
 
+async def test_a_limit_of_deliveries_is_found_without_the_management_api(
+    command: Command, owned_broker: OwnedBroker
+) -> None:
+    """A worker refuses it, too: see test_stops.py."""
+    async with policies(owned_broker) as operator:
+        settings = {"AMQP_URL": owned_broker.url, "PARTITIONS": "4"}
+        await operator.put("limit", {"delivery-limit": 5}, pattern="^avatar[.]commands", to="queues")
+        for found in (await command("topology", **settings), await command("doctor", **settings)):
+            assert found.code == 1
+            assert "after 6 deliveries" in lines(found, "WRONG")["delivery limit"]
+            assert "rabbitmqctl list_policies" in lines(found, "WRONG")["delivery limit"]
+        await operator.clear("limit")
+        found = await command("doctor", **settings)
+        assert found.code == 0
+        assert "delivery limit" in lines(found, "ok")
+
+
 async def test_a_management_api_that_does_not_answer_is_wrong(command: Command) -> None:
     assert (await command("topology")).code == 0
     found = await command("doctor", MANAGEMENT_URL="http://u:s3cret@127.0.0.1:1/")

@@ -181,6 +181,19 @@ async def test_a_worker_refuses_a_policy_that_could_lose_commands(
         assert "clear_policy" in worker.log.splitlines()[-1]
 
 
+async def test_a_worker_refuses_a_limit_of_deliveries_that_it_has_tried_out(
+    start_worker: StartWorker, owned_broker: OwnedBroker
+) -> None:
+    async with policies(owned_broker) as operator:
+        await operator.put("limit", {"delivery-limit": 3}, operator=True, to="queues")
+        refused = await start_worker(ready=False, AMQP_URL=owned_broker.url)
+        assert await refused.ended() == 2
+        assert "rabbitmqctl list_operator_policies" in refused.log.splitlines()[-1]
+        assert "Traceback" not in refused.log
+        await operator.clear("limit", operator=True)
+        assert "policies_unchecked" not in (await start_worker(AMQP_URL=owned_broker.url)).log
+
+
 async def test_a_worker_starts_although_the_management_api_is_away(start_worker: StartWorker, bus: Bus) -> None:
     worker = await start_worker(MANAGEMENT_URL="http://u:s3cret@127.0.0.1:1/")
     await worker.child.logged(r"(MANAGEMENT_URL: no answer from http://127.0.0.1:1: .*policies_unchecked)")

@@ -14,6 +14,7 @@ from schemas.routes import partition_queue
 from tests.integration.conftest import agreed
 from tests.support.policies import Policies, policies
 from worker.amqp import inspection, management, topology
+from worker.amqp.limit import Limit
 from worker.amqp.management import Management, NoAnswer, demand_harmless_policies, inspect_policies
 from worker.amqp.policies import in_effect
 from worker.core.finding import State
@@ -228,3 +229,10 @@ async def test_without_an_address_nothing_is_asked() -> None:
     for remedy in ("MANAGEMENT_URL", "rabbitmqctl list_policies", "rabbitmqctl list_operator_policies"):
         assert remedy in finding.text
     await demand_harmless_policies(None, 2)
+
+
+async def test_a_limit_that_cannot_be_tried_out_is_unknown_and_stops_nobody() -> None:
+    limit = Limit(f"amqp://guest:guest@127.0.0.1:{free_port()}/", heartbeat_s=10)
+    found = await limit.inspect()
+    assert (found.state, found.item) == (State.UNCHECKED, "delivery limit")
+    await limit.demand_none()

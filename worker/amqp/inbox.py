@@ -17,7 +17,6 @@ from worker.amqp import notes, topology
 from worker.amqp.delivery import AmqpDelivery
 from worker.amqp.express import Express
 from worker.amqp.link import LOSSES, Loss, named_losses
-from worker.amqp.management import Management, demand_harmless_policies
 from worker.amqp.reading import understand
 from worker.amqp.tenure import ChannelTenure, RaiseEpoch
 from worker.amqp.topology import Record
@@ -34,6 +33,13 @@ LEAVE_S = 2.0
 
 Announce = Callable[[], Coroutine[Any, Any, None]]
 """Tells the other workers that this one has joined: not over the connection that consumes, see `link.is_blocked`."""
+
+Demand = Callable[[], Coroutine[Any, Any, None]]
+"""Raises TopologyError where the broker does what no declaration shows, see `management` and `limit`."""
+
+
+async def _nothing() -> None:
+    pass
 
 
 class Receiver(Protocol):
@@ -71,7 +77,7 @@ class Inbox:
         worker: str,
         clock: Clock,
         metrics: Metrics | None = None,
-        management: Management | None = None,
+        demand: Demand = _nothing,
     ) -> None:
         self.ready = asyncio.Event()
         self.express = Express(receiver.hear, self._make_way, clock)
@@ -82,7 +88,7 @@ class Inbox:
         self._worker = worker
         self._clock = clock
         self._metrics = metrics or Metrics()
-        self._management = management
+        self._demand = demand
         self._tenures: dict[int, ChannelTenure] = {}
         self._rejoining: list[asyncio.Task[None]] = []
         self._leaving = asyncio.Event()
@@ -90,7 +96,7 @@ class Inbox:
     async def session(self, connection: AbstractConnection) -> None:
         """Declare, consume, and return only by raising: LinkLost when any part of it is lost."""
         await topology.declare(connection, self._wanted)
-        await demand_harmless_policies(self._management, self._wanted.partitions)
+        await self._demand()
         self.express.declared.set()
         loss = Loss(connection)
         self._rejoining = []

@@ -2,8 +2,9 @@
 
 Bindings cannot be listed over AMQP: they are proven by probes. A worker would take a probe for a broken command, so
 they are sent only while nobody consumes and the partition queues are empty, and under the topology's mutex, which keeps
-workers from starting. Policies the management API shows. What cannot be seen at all is in which order the hash exchange
-takes its queues; a worker notices by itself when a conversation has changed its partition.
+workers from starting. Policies the management API shows; without it, a limit of deliveries is tried out. What cannot be
+seen at all is in which order the hash exchange takes its queues; a worker notices by itself when a conversation has
+changed its partition.
 """
 
 import asyncio
@@ -18,6 +19,7 @@ from aiormq.exceptions import ChannelAccessRefused
 
 from schemas import routes
 from worker.amqp import topology
+from worker.amqp.limit import Limit
 from worker.amqp.management import Management, inspect_policies
 from worker.amqp.topology import Record, Row
 from worker.core.finding import Finding, State
@@ -33,7 +35,7 @@ _DECLARE = "run `topology`, or start a worker"
 
 
 async def inspect(
-    connection: AbstractConnection, wanted: Record, management: Management | None = None
+    connection: AbstractConnection, wanted: Record, management: Management | None = None, limit: Limit | None = None
 ) -> list[Finding]:
     """What is right, wrong and unknown about the broker, for workers with these settings."""
     findings = [_version(connection)]
@@ -51,6 +53,8 @@ async def inspect(
         findings.append(Finding.unchecked("topology", f"{error}; try again"))
     except ChannelAccessRefused as error:
         findings.append(Finding.wrong("topology", str(error)))
+    if management is None and limit is not None:
+        findings.append(await limit.inspect())
     return [*findings, *await inspect_policies(management, wanted.partitions)]
 
 
