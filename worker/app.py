@@ -93,6 +93,7 @@ async def run(settings: Settings) -> None:
             keep_alive_s=settings.keep_alive_s,
             idle_s=settings.session_idle_s,
             is_served=lanes.is_served,
+            is_holding=lambda: lanes.is_holding,
             submit=settler.submit,
             renew=lanes.renew,
         )
@@ -155,8 +156,8 @@ def _harmless_policies(settings: Settings) -> Demand:
         if management is not None:
             await demand_harmless_policies(management, settings.partitions)
         elif not tried:
-            tried = True
             await Limit(settings.amqp_url.get_secret_value(), settings.heartbeat_s).demand_none()
+            tried = True
 
     return demand
 

@@ -189,9 +189,11 @@ class SessionStore(Protocol):
     ) -> None:
         """It was not created, or nobody knows (`ghost`). The conversation keeps its place in the line for a while.
 
-        `full`: the API has no room. Whoever comes later waits until this one has a session or has left the line, and
-        those behind it, too, try one after the other.
+        `full`: the API has no room. Whoever comes later waits until this one has a session or has left the line.
         """
+
+    async def pardon(self, owner: str) -> None:
+        """That the API had no room for conversations of this worker holds nobody up any more: it cannot ask again."""
 
     async def leave(self, conversation_id: str, owner: str) -> None:
         """Give up the conversation's place in the line."""
@@ -199,7 +201,8 @@ class SessionStore(Protocol):
     async def put(self, held: Held, owner: str, until: float) -> bool:
         """Keep a session, in place of another of its conversation that `owner` holds, or nobody.
 
-        False, and nothing is changed: another worker was faster. One that is attached takes the place of any.
+        False, and nothing is changed: another worker was faster. One that is attached takes the place of any. After one
+        that was created, a few of those who wait for room may ask for it, too.
         """
 
     async def renew(self, held: Mapping[str, Held], owner: str, until: float) -> set[str]:

@@ -1,6 +1,7 @@
 """`ports.SessionStore`: what every store must do. Two handles on one store are two workers."""
 
 import asyncio
+import heapq
 import sqlite3
 import stat
 from collections.abc import AsyncIterator
@@ -471,17 +472,56 @@ class TestNoRoomAtTheApi:
         found = await asyncio.gather(*(claimed(store, f"c{n}") for n in range(20)))
         assert found == [None] * 20
 
-    async def test_one_after_the_other_in_order_of_arrival(self, store: SessionStore) -> None:
-        names = ["c0", "c1", "c2", "c3"]
-        await self.line(store, *names)
-        while names:
-            for later in names[1:]:
-                assert await claimed(store, later, now=101.0) is Refusal.QUEUED
-            assert await claimed(store, names[0], now=101.0) is None
-            for later in names[1:]:
-                assert await claimed(store, later, now=101.0) is Refusal.QUEUED, "the first is trying"
-            await store.put(held(names.pop(0)), "w1", 200.0)
-        assert [await claimed(store, name, now=101.0) for name in ("c4", "c5")] == [None, None], "there is no line"
+    async def test_as_long_as_it_has_none_only_the_first_asks(self, store: SessionStore) -> None:
+        await self.line(store, "c0", "c1", "c2")
+        for now in (101.0, 102.0):
+            assert await claimed(store, "c0", now=now) is None
+            for later in ("c1", "c2"):
+                assert await claimed(store, later, now=now) is Refusal.QUEUED, "the first is trying"
+            await self.refuse(store, "c0", now)
+
+    async def test_once_it_has_some_the_next_few_ask_in_order_of_arrival(self, store: SessionStore) -> None:
+        await self.line(store, *(f"c{n}" for n in range(7)))
+        assert await claimed(store, "c0", now=101.0) is None
+        await store.put(held("c0"), "w1", 200.0)
+        for number in (1, 2, 3):
+            for later in range(number + 1, 7):
+                assert await claimed(store, f"c{later}", now=101.0) is Refusal.QUEUED
+            assert await claimed(store, f"c{number}", now=101.0) is None
+        assert await claimed(store, "c4", now=101.0) is Refusal.QUEUED
+        await self.refuse(store, "c2", 101.0)
+        await store.put(held("c1"), "w1", 200.0)
+        assert await claimed(store, "c4", now=101.0) is Refusal.QUEUED, "it has had no room for the second"
+        assert await claimed(store, "c2", now=101.0) is None
+        await store.put(held("c2"), "w1", 200.0)
+        await store.put(held("c3"), "w1", 200.0)
+        assert [await claimed(store, f"c{n}", now=101.0) for n in range(4, 9)] == [None] * 5, "there is no line"
+
+    async def test_a_stray_refusal_slows_a_fleet_for_a_moment_only(self, store: SessionStore) -> None:
+        """Three come each second, a create takes 0.7 s; who stands in line asks every 0.5 s, for 10 s at most."""
+        coming = [(100.0 + n / 3, n, f"c{n}", "comes") for n in range(60)]
+        born = {name: now for now, _, name, _ in coming}
+        gone: list[str] = []
+        while coming:
+            now, number, name, what = heapq.heappop(coming)
+            if what == "created":
+                await store.put(held(name), "w1", 1000.0)
+            elif now > born[name] + 10:
+                gone.append(name)
+            elif await claimed(store, name, now=now) is None and (number or now > 101):
+                heapq.heappush(coming, (now + 0.7, number, name, "created"))
+            else:
+                if not number and now <= 101:
+                    await self.refuse(store, name, now)
+                heapq.heappush(coming, (now + 0.5, number, name, "asks"))
+        assert gone == []
+
+    async def test_a_worker_that_cannot_ask_holds_nobody_up(self, store: SessionStore) -> None:
+        await self.line(store, "c0", "c1")
+        await store.pardon("w2")
+        assert await claimed(store, "c1", now=101.0, by="w2") is Refusal.QUEUED
+        await store.pardon("w1")
+        assert await claimed(store, "c1", now=101.0, by="w2") is None
 
     async def test_those_that_were_refused_at_the_same_time_too(self, store: SessionStore) -> None:
         names = ["c0", "c1", "c2"]

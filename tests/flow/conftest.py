@@ -136,6 +136,7 @@ class Flow:
             keep_alive_s=10,
             idle_s=300,
             is_served=self.lanes.is_served,
+            is_holding=lambda: self.lanes.is_holding,
             submit=self.settler.submit,
             renew=self.lanes.renew,
         )

@@ -53,13 +53,13 @@ class Management:
             return None
         amqp = make_url(amqp_url.get_secret_value())
         parts = urlsplit(management_url.get_secret_value())
-        user, password = amqp.user, amqp.password
+        user, password = amqp.user or "guest", amqp.password or "guest"
         if parts.username:
             user, password = unquote(parts.username), unquote(parts.password or "")
         base = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
         # As aiormq reads them.
         vhost = amqp.path[1:].replace("%2F", "/") or "/"
-        return cls(base.rstrip("/").removesuffix("/api"), user or "guest", password or "guest", vhost)
+        return cls(base.rstrip("/").removesuffix("/api"), user, password, vhost)
 
     async def policies(self) -> list[Policy]:
         """All policies of the virtual host.

@@ -117,6 +117,11 @@ class Lane:
         """Whether the lane waits for a session, and has to keep its place in the line."""
         return self._seeks_session
 
+    @property
+    def tells_interrupts(self) -> bool:
+        """Whether the API is being told of an interrupt just now."""
+        return self._interrupts.calling
+
     def take_interrupts(self) -> list[Entry]:
         """The interrupts to tell the API of now, beside any call that is under way; `interrupted` says how it went."""
         return self._interrupts.take_calls()

@@ -89,9 +89,10 @@ class _Draft:
                 self._decided_by = self._last_read()
         if ends and not (self._unread or self._ended):
             self._ended = True
+            if not self.decided:
+                self._decided_by = run[-1] if speak_of(run[-1]).is_final else None
             self.decided += self._shaper.finish()
             self._join_last()
-            self._decided_by = run[-1] if speak_of(run[-1]).is_final else None
 
     def stall(self, now: float, first_s: float, later_s: float) -> float | None:
         """Decide what is due because nothing to say came for so long. Returns when the next is due, if any is."""

@@ -29,6 +29,9 @@ the API hears nothing for 18 s."""
 
 DEFAULT_SLOTS = Slots()
 
+CLAIMS_PER_S = 50
+"""How often all that stand in line here may ask for a slot, roughly: the further behind, the more seldom."""
+
 AGAIN_S = 0.5
 """How soon to ask again for a slot, or whether another worker is done with the conversation's session."""
 
@@ -39,11 +42,7 @@ _BUSY = CallResult(
     local=True,
 )
 _QUEUED = CallResult(
-    CallKind.FULL,
-    429,
-    retry_after_s=AGAIN_S,
-    error="the Avatar API has no room or wants a pause: who asked first goes first",
-    local=True,
+    CallKind.FULL, 429, error="the Avatar API has no room or wants a pause: who asked first goes first", local=True
 )
 _ENDS_SESSION = (CallKind.OK, CallKind.GONE, CallKind.REFUSED, CallKind.DENIED)
 
@@ -75,7 +74,8 @@ class Desk:
         self.slots = slots
         self.leases: dict[str, Lease] = {}
         self.creating: set[str] = set()
-        self.in_line: set[str] = set()
+        self.in_line: dict[str, None] = {}
+        """In order of arrival."""
         self._clock = clock
         self._lines: dict[str, asyncio.Lock] = {}
         self._users: Counter[str] = Counter()
@@ -179,35 +179,42 @@ class Desk:
             )
         except Exception as failure:  # noqa: BLE001 - without a claim nothing is created, and nothing was
             return CallResult(CallKind.NOT_TAKEN, error=f"the store: {type(failure).__name__}", local=True), None
-        self.in_line.discard(conversation_id)
+        self.in_line.setdefault(conversation_id)
         match found:
             case Held():
+                del self.in_line[conversation_id]
                 self.hold(found, last_success=0.0)
                 return CallResult(CallKind.OK, local=True), found.session
             case Refusal.FULL:
-                self.in_line.add(conversation_id)
                 error = f"all {self.slots.limit} sessions are in use (AVATAR_MAX_SESSIONS)"
-                return CallResult(CallKind.FULL, retry_after_s=AGAIN_S, error=error, local=True), None
+                return CallResult(
+                    CallKind.FULL, retry_after_s=self._again_s(conversation_id), error=error, local=True
+                ), None
             case Refusal.QUEUED:
-                self.in_line.add(conversation_id)
-                return _QUEUED, None
+                return replace(_QUEUED, retry_after_s=self._again_s(conversation_id)), None
             case Refusal.BUSY:
+                del self.in_line[conversation_id]
                 return _BUSY, None
         self.creating.add(conversation_id)
         try:
             result, session = await self.api.create(call)
             if session is None:
                 await self._unclaim(conversation_id, result)
-            elif not await self.keep(conversation_id, session):
+                return result, None
+            self.in_line.pop(conversation_id, None)
+            if not await self.keep(conversation_id, session):
                 return _BUSY, None
         finally:
             self.creating.discard(conversation_id)
         return result, session
 
+    def _again_s(self, conversation_id: str) -> float:
+        place = next(place for place, other in enumerate(self.in_line) if other == conversation_id)
+        return max(AGAIN_S, place / CLAIMS_PER_S)
+
     async def _unclaim(self, conversation_id: str, result: CallResult) -> None:
         """What may come to be yet keeps its place; what may exist already keeps a slot."""
         ghost = result.kind is CallKind.UNKNOWN
-        self.in_line.add(conversation_id)
         try:
             now, full = self._clock(), result.is_full
             await self.store.unclaim(conversation_id, self.owner, now, self.slots, ghost=ghost, full=full)
@@ -217,7 +224,7 @@ class Desk:
     async def leave_line(self, conversation_id: str) -> None:
         """The conversation needs no session any more: whoever stands behind it moves up."""
         if conversation_id in self.in_line:
-            self.in_line.discard(conversation_id)
+            del self.in_line[conversation_id]
             try:
                 await self.store.leave(conversation_id, self.owner)
             except Exception as error:  # noqa: BLE001 - the place lapses by itself

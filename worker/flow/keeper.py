@@ -43,6 +43,7 @@ class Keeper:
         keep_alive_s: float,
         idle_s: float,
         is_served: Callable[[str], bool],
+        is_holding: Callable[[], bool],
         submit: Callable[[list[Conclusion]], None],
         renew: Callable[[str], Coroutine[Any, Any, None]],
     ) -> None:
@@ -51,6 +52,7 @@ class Keeper:
         self._keep_alive_s = keep_alive_s
         self._idle_s = idle_s
         self._is_served = is_served
+        self._is_holding = is_holding
         self._submit = submit
         self._renew = renew
         self._busy: dict[str, asyncio.Task[None]] = {}
@@ -74,7 +76,7 @@ class Keeper:
         desk, now = self._desk, self._clock()
         due = {key: lease for key, lease in desk.leases.items() if lease.until - now < LEASE_S - RENEW_S}
         until = now + LEASE_S
-        desk.in_line = {key for key in desk.in_line if self._is_served(key)}
+        desk.in_line = {key: None for key in desk.in_line if self._is_served(key)}
         in_line = _claims(key for key in desk.in_line if not desk.in_use(key))
         renewed = {key: lease.held for key, lease in due.items()} | _claims(desk.creating)
         try:
@@ -83,6 +85,9 @@ class Keeper:
                     await desk.note(lease)
             lost = await desk.store.renew(renewed, desk.owner, until)
             await desk.store.renew(in_line, desk.owner, now + desk.slots.patience_s)
+            if in_line and self._is_holding():
+                # The API is out of reach from here: others may find room.
+                await desk.store.pardon(desk.owner)
             adopted = await self._adopt(now, until)
         except Exception as error:  # noqa: BLE001 - the store comes back; until then the sessions are kept alive from memory
             _log.error(logs.STORE_FAILED, error=str(error))

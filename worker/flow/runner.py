@@ -213,10 +213,10 @@ class Runner:
                 await _before(self._stopping, GATHER_S)
             self._wake.clear()
             async with self._admitting:
+                if self._lane.session is not None and not self._lane.tells_interrupts:
+                    await self._look_for_session()
                 await self._admit()
             self._tell_interrupts()
-            if self._lane.session is not None:
-                await self._look_for_session()
             now = self._clock()
             step = self._lane.next(now, self._breaker.outage_until(now), self._breaker.pause_until)
             self._pauses.look(self._lane.waiting_chars)
@@ -438,8 +438,8 @@ class Runner:
             self._ledger.intend(self.conversation_id, changes, tenure.partition, self._epoch, self._meant_for(call))
         )
         self._settler.submit(ended, intent)
-        if changes is not None:
-            self._written = intent
+        assert changes is not None, "until when the call may run is new"
+        self._written = intent
         grant = await intent
         if grant is Grant.OUTDATED:
             if self._tenure is tenure:
@@ -461,7 +461,7 @@ class Runner:
 
         chunk = self._opening(call)
         result, got = await self._desk.carry_out(self.conversation_id, call, still)
-        if chunk is not None:
+        if chunk is not None and not result.local and result.kind is not CallKind.STALE:
             self._metrics.first_words.observe(max(0.0, begun - keepable(chunk).received))
         jitter = random.random()  # noqa: S311 - spreads retries, guards nothing
         told = lane.done(call, result, self._clock(), begun=begun, got=got, jitter=jitter)

@@ -6,7 +6,10 @@
 
 Slots are counted under one lock, and every claim waits for it. `since` is the place in the line; who comes later has a
 later one, whatever the clock of its worker says. `last_used` of a claim is when it was made. `reason` of one that waits
-or is claimed: the API had no room for it, or for one in front; until it has a session nobody behind it creates one.
+or is claimed, if the API has had no room:
+
+    no_room    for it, or for one in front: nobody behind it creates a session
+    next       but since then for another: nobody behind it does before it has tried
 """
 
 import json
@@ -24,21 +27,32 @@ from worker.stores.tables import conversations, facts, ghosts, sessions
 
 _PLACE = "sessions"
 _WAITING, _CREATING = "waiting", "creating"
-_NO_ROOM = "no_room"
+_NO_ROOM, _NEXT = "no_room", "next"
 _LOST_KEPT_S = 86_400.0
 _NEXT_S = 1e-6
 _FOUND = (HeldState.READY, HeldState.ENDING, HeldState.LOST)
 _ALIVE = (_CREATING, HeldState.READY, HeldState.ENDING)
 """What takes a slot."""
-_REFUSED = sa.and_(
-    sessions.c.reason == _NO_ROOM,
+_FIRST = sa.and_(
+    sa.or_(sessions.c.reason == _NO_ROOM, sa.and_(sessions.c.reason == _NEXT, sessions.c.state == _WAITING)),
     sessions.c.lease_until >= sa.bindparam("now"),
     sessions.c.conversation_id != sa.bindparam("conversation_id"),
 )
-_LINE = sa.select(sa.func.max(sessions.c.since), sa.func.min(sa.case((_REFUSED, sessions.c.since)))).where(
+_LINE = sa.select(sa.func.max(sessions.c.since), sa.func.min(sa.case((_FIRST, sessions.c.since)))).where(
     sessions.c.state.in_((_WAITING, _CREATING))
 )
-"""The last place of all who stand in line or may come back to it, and the first of those the API had no room for."""
+"""The last place of all who stand in line or may come back to it, and the first that others have to wait for."""
+
+_BEHIND = (
+    sa.select(sessions.c.conversation_id)
+    .where(sessions.c.state.in_((_WAITING, _CREATING)), sessions.c.reason == _NO_ROOM)
+    .order_by(sessions.c.since)
+    .limit(2)  # more than one, so that the line opens faster than it grows
+    .with_for_update(skip_locked=True)
+    .cte()
+)
+_OPEN = sa.update(sessions).where(sessions.c.conversation_id.in_(sa.select(_BEHIND))).values(reason=_NEXT)
+"""The API has room again: the next few go, and one behind them."""
 
 
 class SqlSessions:
@@ -106,9 +120,22 @@ class SqlSessions:
             set_=values,
             where=None if held.session.attached else sa.or_(ours, none),
         )
-        return await self._database.write(
-            lambda connection: bool(connection.execute(statement).rowcount), _place(held.conversation_id)
-        )
+        claim = sa.select(sa.exists().where(*_is_claim(held.conversation_id, owner, _CREATING)))
+
+        def work(connection: sa.Connection) -> bool:
+            created = connection.execute(claim).scalar_one()
+            done = bool(connection.execute(statement).rowcount)
+            if done and created:
+                connection.execute(_OPEN)
+            return done
+
+        return await self._database.write(work, _place(held.conversation_id))
+
+    async def pardon(self, owner: str) -> None:
+        """The mark goes, the places stay."""
+        waiting = sa.and_(sessions.c.owner == owner, sessions.c.state == _WAITING)
+        statement = sa.update(sessions).where(waiting).values(reason=None)
+        await self._database.write(lambda connection: connection.execute(statement), _PLACE, alone=True)
 
     async def renew(self, held: Mapping[str, Held], owner: str, until: float) -> set[str]:
         """All in one transaction, and in an order that all workers keep."""
@@ -199,12 +226,12 @@ def _claim(
                 _haunt(connection, conversation_id, row.last_used, row.last_used + slots.ghost_s)
             case "waiting" if row.lease_until >= now:
                 since, reason = row.since, row.reason
-    last, refused = connection.execute(_LINE, {"conversation_id": conversation_id, "now": now}).one()
+    last, first = connection.execute(_LINE, {"conversation_id": conversation_id, "now": now}).one()
     if since is None:
         since = now if last is None else max(now, last + _NEXT_S)
     refusal = Refusal.QUEUED if paused else None
-    if refused is not None and refused < since:
-        refusal, reason = Refusal.QUEUED, _NO_ROOM
+    if first is not None and first < since:
+        refusal, reason = Refusal.QUEUED, reason or _NO_ROOM
     elif slots.limit and _taken(connection, conversation_id, since, now) >= slots.limit:
         refusal = Refusal.FULL
     values = {
