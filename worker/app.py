@@ -170,7 +170,7 @@ def _stay_responsive() -> None:
     loop touches a socket, one of them may take the interpreter, and would keep it for 5 ms.
     """
     gc.freeze()
-    gc.set_threshold(20_000, 100, 100)
+    gc.set_threshold(5_000, 100, 100)
     sys.setswitchinterval(0.0005)
 
 

@@ -4,6 +4,7 @@ So a slow conversation does not fill the window that all of its partition share,
 comes before whatever the broker still has: it was taken from the head of the queue.
 """
 
+import asyncio
 import uuid
 from collections import deque
 from collections.abc import Sequence
@@ -15,6 +16,8 @@ from worker.ports import BacklogStore, Grant, Kept, Tenure
 
 HOLD_S = 2.0
 """How long a command may wait for its turn before it is kept: a chunk may wait that long for its sentence's end."""
+PACKED = 100
+"""How many commands are made ready for the store at a stretch: an interrupt does not wait for a thousand."""
 TICK_S = 0.25
 LOOK_S = 1.0
 """How often the store is asked whether conversations that nobody serves have something to do."""
@@ -34,9 +37,15 @@ class Backlog:
 
     async def keep(self, conversation_id: str, entries: Sequence[Entry], tenure: Tenure, epoch: int) -> Grant:
         """Move deliveries to the store, in order; nothing is done unless it is granted."""
-        kept = [Kept(uuid.uuid4().hex, entry.key, keepable(entry).pack()) for entry in entries]
+        # One random number for all: each hands the interpreter to the store's threads.
+        name, kept = uuid.uuid4().hex, []
+        keys = [f"{name}.{number}" for number in range(len(entries))]
         # Before anybody can find them in the store: a lane that is begun meanwhile has these commands already.
-        self._in_hand |= {one.key: tenure for one in kept}
+        self._in_hand |= dict.fromkeys(keys, tenure)
+        for number, (key, entry) in enumerate(zip(keys, entries, strict=True), start=1):
+            kept.append(Kept(key, entry.key, keepable(entry).pack()))
+            if not number % PACKED:
+                await asyncio.sleep(0)
         grant = await self._store.keep(conversation_id, kept, tenure.partition, epoch)
         for entry, one in zip(entries, kept, strict=True):
             if grant is Grant.GRANTED:
